@@ -1,0 +1,23 @@
+"""aograph: a compiler that makes PyTorch models smaller and faster by rewriting their graphs."""
+
+from .errors import (
+    AographError,
+    CaptureError,
+    CompileError,
+    InputError,
+    PassError,
+    RecipeError,
+    WeightError,
+)
+from .optimize import OptimizedModule, explain, optimize
+from .recipe import Recipe, Rule
+from .report import Report, Row
+from .schemes import Int4WeightOnly, Int8WeightOnly, Keep, Scheme
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "optimize", "explain", "OptimizedModule", "Recipe", "Rule", "Scheme", "Int4WeightOnly", "Int8WeightOnly", "Keep",
+    "Report", "Row", "AographError", "CaptureError", "CompileError", "InputError", "PassError", "RecipeError",
+    "WeightError",
+]  # fmt: skip

@@ -1,0 +1,314 @@
+"""The two doors: a model, or the graph that Dynamo hands to a backend, becomes a `Program`.
+
+Both doors trace to ATen before decomposition and inference mode, take the weights out of the arguments into
+named constants, one per storage, and keep where each node came from. What remains to be brought to normal form
+is the work of the first passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ShapesCollection
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from . import huggingface
+from .errors import CaptureError, InputError
+from .patterns.language import fake_mode, propagate, written
+from .program import Bound, Program, expression, get_attribute, set_attribute
+
+
+@dataclass
+class Capture:
+    """A program with the calling convention of the model that it was captured from."""
+
+    program: Program
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    guards: Callable[..., Any] | None
+
+    def accepts(self, flat: Sequence[Any]) -> str | None:
+        """None if the flat inputs fit the captured shapes, else what does not."""
+        bound: dict[sympy.Symbol, int] = {}
+        compound: list[tuple[str, sympy.Expr, int]] = []
+        for node, value in zip(self.program.inputs, flat, strict=True):
+            like = node.meta.get("val")
+            if not isinstance(like, Tensor):
+                continue
+            for i, (size, actual) in enumerate(zip(like.shape, value.shape, strict=True)):
+                expr, where = expression(size), f"{node.name}.shape[{i}]"
+                if isinstance(expr, sympy.Symbol) and bound.setdefault(expr, actual) != actual:
+                    return f"{where} is {actual}, but another dimension that was captured as equal is {bound[expr]}"
+                compound.append((where, expr, actual))
+        for where, expr, actual in compound:
+            if (expected := expr.subs(bound)) != actual:
+                return f"{where} is {actual}, captured as {expected}"
+        for symbol, actual in bound.items():
+            low, high = self.program.ranges.get(symbol, (0, None))
+            if actual < low or (high is not None and actual > high):
+                where = next(w for w, e, _ in compound if e == symbol)
+                return f"{where} is {actual}, captured for {low} … {'∞' if high is None else high}"
+        if self.guards is not None:
+            try:
+                self.guards(*flat)
+            except (AssertionError, RuntimeError) as error:
+                return str(error).splitlines()[0]
+        return None
+
+
+# --- torch.export ------------------------------------------------------------------------------------------
+
+
+def capture(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any = None) -> Capture:
+    """Captures `model` called as `model(*args, **kwargs)` with `torch.export` (non-strict), in eval mode.
+
+    `dynamic_shapes` as in `torch.export.export`. None: every dimension of every tensor that is larger than one is
+    dynamic where the model allows it, and if the model cannot be captured so, all are static.
+
+    Raises `CaptureError` with the place in the model's code and what to try.
+    """
+    huggingface.register_pytrees()
+    automatic = ShapesCollection()
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            automatic[leaf] = {i: Dim.AUTO for i, size in enumerate(leaf.shape) if size > 1}
+    attempts = [dynamic_shapes] if dynamic_shapes is not None else [automatic, None]
+    for attempt in attempts:
+        try:
+            with eval_mode(model), torch.no_grad(), no_fast_paths():
+                exported = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=attempt)
+                graph_module = exported.module(check_guards=True)
+            break
+        except Exception as error:
+            failure = error
+    else:
+        raise CaptureError(explain_failure(model, failure)) from failure
+
+    guards = getattr(graph_module, "_guards_fn", None)
+    in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
+    state = {**exported.state_dict, **exported.constants}
+    ranges = {s: as_bound(r) for s, r in exported.range_constraints.items()}
+    program = program_of(graph_module, state, names_of(model), ranges)
+    return Capture(program, in_spec, out_spec, guards)
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module):
+    """All modules in eval mode, and each back in its own mode afterwards."""
+    training = [m for m in model.modules() if m.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def no_fast_paths():
+    """Without the fused transformer operators, which hide their linears."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def explain_failure(model: nn.Module, error: Exception) -> str:
+    """What failed, the line of the model's own code where it failed, and what to try."""
+    place = ""
+    trace = error.__traceback__
+    own = inspect.getsourcefile(type(model).forward) if hasattr(type(model), "forward") else None
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if file == own or (f"{'torch'}/" not in file.replace("\\", "/") and "aograph" not in file):
+            place = f" at {file}:{trace.tb_lineno} in {trace.tb_frame.f_code.co_name}"
+        trace = trace.tb_next
+    lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return (
+        f"torch.export could not capture {type(model).__name__}{place}: {type(error).__name__}: {lines[0]}\n"
+        "Try: replace control flow that depends on tensor values (torch.where, torch.cond), give other example "
+        "inputs or static dynamic_shapes, or optimize a submodule that can be captured."
+    )
+
+
+def as_bound(value_range: Any) -> Bound:
+    low, high = value_range.lower, value_range.upper
+    return max(int(low), 0), int(high) if high.is_finite and high < 2**62 else None
+
+
+# --- Dynamo ------------------------------------------------------------------------------------------------
+
+
+def from_dynamo(graph_module: GraphModule, example_inputs: Sequence[Any], owner: nn.Module) -> Program:
+    """A program from the graph that Dynamo hands to a backend; `owner` is the module whose weights it uses.
+
+    The graph calls Python functions on weights that are inputs: it is traced again to ATen, and those inputs
+    become constants under their names in `owner`.
+    """
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    fakes = [n.meta["example_value"] for n in placeholders]
+    mode = next(f.fake_mode for f in fakes if hasattr(f, "fake_mode"))
+    interpreter = Interpreter(graph_module)
+    with mode, torch.no_grad(), torch.fx.traceback.preserve_node_meta(), no_fast_paths():
+        traced = make_fx(lambda *flat: interpreter.run(*flat), pre_dispatch=True)(*fakes)
+
+    names = names_of(owner)
+    state: dict[str, Tensor] = {}
+    for node, real in zip(traced.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if isinstance(real, Tensor) and id(real) in names:
+            name = names[id(real)][0]
+            state[name] = real
+            set_attribute(traced, name, real)
+            with traced.graph.inserting_before(node):
+                weight = traced.graph.get_attr(name)
+            weight.meta = {"val": node.meta["val"]}
+            node.replace_all_uses_with(weight)
+            traced.graph.erase_node(node)
+    for node in traced.graph.find_nodes(op="get_attr"):
+        value = get_attribute(traced, node.target)
+        if node.target not in state and isinstance(value, Tensor):
+            state[node.target] = value
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if "val" not in node.meta:
+            node.meta["val"] = mode.from_tensor(get_attribute(traced, node.target))
+    ranges = {s: as_bound(r) for s, r in mode.shape_env.var_to_range.items()} if mode.shape_env else {}
+    return program_of(traced, state, names, ranges)
+
+
+# --- both --------------------------------------------------------------------------------------------------
+
+
+def names_of(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter and buffer by identity, the first of a tied weight's names in front."""
+    names: dict[int, list[str]] = {}
+    for group in (model.named_parameters, model.named_buffers):
+        for name, tensor in group(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
+    return names
+
+
+def program_of(
+    graph_module: GraphModule,
+    state: Mapping[str, Tensor],
+    names: Mapping[int, list[str]],
+    ranges: dict[sympy.Symbol, Bound],
+) -> Program:
+    """Puts a traced graph on canonical constant names, flat inputs and outputs, and known origins."""
+    graph = graph_module.graph
+    graph.set_codegen(torch.fx.graph.CodeGen())
+    for node in list(graph.find_nodes(op="call_module")):  # the guards: `Capture.accepts` asks them
+        graph.erase_node(node)
+    if hasattr(graph_module, "_guards_fn"):
+        del graph_module._guards_fn
+
+    canonical = {alias: same[0] for same in names.values() for alias in same}
+    aliases = {alias: name for alias, name in canonical.items() if alias != name}
+    constants: dict[str, Tensor] = {}
+    first: dict[str, Node] = {}
+    for node in list(graph.find_nodes(op="get_attr")):
+        value = get_attribute(graph_module, node.target)
+        if not isinstance(value, Tensor):
+            continue
+        name = canonical.get(node.target, node.target)
+        constants.setdefault(name, state.get(name, state.get(node.target, value)))
+        if name in first:
+            node.replace_all_uses_with(first[name])
+            graph.erase_node(node)
+            continue
+        first[name] = node
+        node.target = name
+        if not isinstance(node.meta["val"], Tensor):
+            raise CaptureError(f"the constant {name} of the graph is no tensor")
+    for name, value in constants.items():
+        set_attribute(graph_module, name, value.detach())
+    for node in graph.nodes:
+        node.meta["origin"] = origin(node)
+        if isinstance(node.target, torch._ops.OpOverload):
+            node.meta["operator"] = node.target._opname
+    for name, node in list(first.items()):
+        if not node.users:
+            graph.erase_node(node)
+            del first[name], constants[name]
+    hoist_constants(graph_module)
+    return Program(
+        graph_module=GraphModule(graph_module, graph),
+        constants=constants,
+        mutated=frozenset(name for name, node in first.items() if written(node) is not None),
+        aliases={a: n for a, n in aliases.items() if n in first},
+        ranges=ranges,
+    )
+
+
+def hoist_constants(graph_module: GraphModule) -> None:
+    """Weights stand in front of all that uses them, so that siblings can be merged wherever they are."""
+    graph = graph_module.graph
+    anchor = next(iter(graph.nodes))
+    for node in graph.find_nodes(op="get_attr"):
+        if node is not anchor and isinstance(node.meta.get("val"), Tensor):
+            anchor.prepend(node)
+
+
+def origin(node: Node) -> tuple[str, str]:
+    """The qualified name and the class of the innermost module that a node came from."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return "", ""
+    path, kind = list(stack.values())[-1][:2]
+    path = re.sub(r"^L\['self'\]\.?", "", path)
+    path = re.sub(r"@\d+$", "", path)
+    kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+    return path, kind
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of a model whose tensors are on the meta device; the model itself is not copied."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        like = tensor.detach().to("meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(like, tensor.requires_grad) if is_parameter else like
+    return copy.deepcopy(model, memo)
+
+
+def flatten(args: tuple, kwargs: dict) -> tuple[list[Any], pytree.TreeSpec]:
+    """The leaves of a call in a fixed order, and their structure (keyword arguments sorted by name)."""
+    try:
+        return pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+    except Exception as error:
+        raise InputError(f"the inputs cannot be flattened: {error}") from error
+
+
+def retarget(program: Program, source: torch.device, target: torch.device) -> None:
+    """Moves a program from one device to another, values that are only fake so far included.
+
+    Tensors that the graph makes on `source` are made on `target`; what it makes elsewhere stays there. The real
+    constants are left where they are: the weight store moves them.
+    """
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return target if value.type == source.type else value
+        return value
+
+    with fake_mode(program.graph):
+        for node in program.graph.nodes:
+            node.args, node.kwargs = pytree.tree_map(moved, (node.args, node.kwargs))
+            value = node.meta.get("val")
+            if node.op in ("placeholder", "get_attr") and isinstance(value, Tensor):
+                node.meta["val"] = value.to(target) if value.device.type == source.type else value
+            elif node.op == "call_function":
+                node.meta["val"] = propagate(node)

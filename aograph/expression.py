@@ -1,0 +1,62 @@
+"""Constant expressions, taken out of their graph: what a weight is, as a function of the model's own tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A weight by its name, or a pure function of expressions.
+
+    Its text is its identity: the same text computes the same tensor.
+    """
+
+    target: Any  # the name of a weight, or the function
+    args: tuple = ()
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, node: Node) -> Expression:
+        if node.op == "get_attr":
+            return cls(node.target)
+        args = torch.fx.map_arg(node.args, cls.of)
+        return cls(node.target, args, tuple(torch.fx.map_arg(node.kwargs, cls.of).items()))
+
+    @property
+    def leaves(self) -> list[str]:
+        """The names of the weights that it reads, in order of first use."""
+        if isinstance(self.target, str):
+            return [self.target]
+        inputs = tree_leaves([self.args, dict(self.kwargs)], is_leaf=is_expression)
+        return list(dict.fromkeys(name for v in inputs if is_expression(v) for name in v.leaves))
+
+    def evaluate(self, look_up: Callable[[str], Tensor]) -> Tensor:
+        """The tensor, its leaves coming from `look_up(name)`."""
+        if isinstance(self.target, str):
+            return look_up(self.target)
+
+        def value(v: Any) -> Any:
+            return v.evaluate(look_up) if is_expression(v) else v
+
+        args, kwargs = tree_map(value, (self.args, dict(self.kwargs)), is_leaf=is_expression)
+        return self.target(*args, **kwargs)
+
+    def __str__(self) -> str:
+        if isinstance(self.target, str):
+            return self.target
+        given = [*map(str, self.args), *(f"{k}={v}" for k, v in self.kwargs)]
+        return f"{getattr(self.target, '__name__', self.target)}({', '.join(given)})"
+
+    __repr__ = __str__
+
+
+def is_expression(value: Any) -> bool:
+    return isinstance(value, Expression)

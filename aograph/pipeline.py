@@ -1,0 +1,107 @@
+"""The pipeline: passes in order of their stages, each timed, verified and recorded."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import reproducer
+from .errors import AographError, PassError
+from .passes import PASSES, Pass
+from .program import Program, nbytes
+from .recipe import Recipe
+from .report import PassRecord, Report
+from .schemes import nearest
+from .verify import verify
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What passes may ask about besides the program."""
+
+    recipe: Recipe
+
+
+def order(passes: Sequence[Pass]) -> list[Pass]:
+    """By stage; within a stage after the passes that `after` names, then by name."""
+    ordered: list[Pass] = []
+    waiting = sorted(passes, key=lambda p: (p.stage, p.name))
+    while waiting:
+        names = {p.name for p in waiting}
+        ready = next((p for p in waiting if names.isdisjoint(p.after)), None)
+        if ready is None:
+            raise PassError(f"passes wait for each other: {sorted(names)}")
+        ordered.append(ready)
+        waiting.remove(ready)
+    return ordered
+
+
+def run(
+    program: Program,
+    recipe: Recipe,
+    *,
+    disable: Collection[str] = (),
+    dump: str | os.PathLike | None = None,
+    passes: Sequence[Pass] = PASSES,
+) -> Report:
+    """Rewrites `program` by `recipe` and reports; weights are only touched by `WeightStore.materialize`.
+
+    disable: names of passes to leave out. dump: a folder for a readable diff after each pass that changes the graph
+    (default: the environment variable AOGRAPH_DUMP).
+
+    Raises `PassError` where a pass fails or leaves a graph that the verifier refuses, with a reproducer folder.
+    """
+    known = [p.name for p in passes]
+    for name in disable:
+        if name not in known:
+            raise PassError(f"there is no pass {name!r} to disable; {nearest(name, known)}")
+    dump = dump or os.environ.get("AOGRAPH_DUMP")
+    report = Report(bytes_before=sum(nbytes(t) for t in program.constants.values()))
+    before = program.text()
+    original = reproducer.snapshot(program)
+    context = Context(recipe)
+    for step, each in enumerate(order([p for p in passes if p.name not in disable])):
+        start = time.perf_counter()
+        try:
+            matches = each.run(program, context)
+            ran = time.perf_counter()
+            verify(program)
+        except AographError as error:
+            if not isinstance(error, PassError):
+                raise
+            raise failed(each, error, original, recipe, disable) from error
+        except Exception as error:
+            raise failed(each, error, original, recipe, disable) from error
+        done = time.perf_counter()
+        after = program.text() if log.isEnabledFor(logging.DEBUG) or dump or matches else before
+        report.history.append(
+            PassRecord(each.name, each.stage.name.lower(), matches, before != after, ran - start, done - ran)
+        )
+        log.info("%s: %d matches in %.1f ms", each.name, matches, (ran - start) * 1e3)
+        if before != after:
+            lines = difflib.unified_diff(before.split("\n"), after.split("\n"), "before", "after", lineterm="")
+            diff = "\n".join(lines)
+            log.debug("after %s:\n%s", each.name, diff)
+            if dump:
+                Path(dump).mkdir(parents=True, exist_ok=True)
+                Path(dump, f"{step:02d}_{each.name}.diff").write_text(diff + "\n")
+        before = after
+    report.rows = program.rows
+    report.bytes_after = sum(nbytes(node.meta["val"]) for node in program.weights.values())
+    return report
+
+
+def failed(each: Pass, error: Exception, original: str, recipe: Recipe, disable: Collection[str]) -> PassError:
+    folder = reproducer.write(original, recipe, disable)
+    return PassError(
+        f"pass {each.name} failed: {type(error).__name__}: {error}\n"
+        f"The model is untouched. Leave the pass out with disable=[{each.name!r}], or run it again with: "
+        f"aograph reproduce {folder}"
+    )

@@ -1,0 +1,215 @@
+"""Recipes: an ordered list of rules (match → scheme), the last rule that matches winning, as in a style sheet.
+
+As a string, presets compose with `+`, take parameters in parentheses and selectors in front::
+
+    int4wo
+    int4wo(group_size=128, algorithm=mse) + lm_head:int8wo + re:.*layers\\.0\\..*:none
+
+As TOML, one `[[rule]]` each, with the keys of `Rule` and the parameters of the scheme::
+
+    [[rule]]
+    scheme = "int4wo"
+    group_size = 128
+
+    [[rule]]
+    name = "lm_head"
+    scheme = "none"
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from .errors import RecipeError
+from .predicate import Shape, holds, parse
+from .schemes import PRESETS, Scheme, nearest
+
+
+class Candidate(Protocol):
+    """What a rule can ask about."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def operator(self) -> str: ...
+    @property
+    def module(self) -> str: ...
+    @property
+    def shape(self) -> Shape | None: ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Gives `scheme` to the candidates that all given selectors match.
+
+    name: glob on the qualified name ("model.layers.*.mlp.*"), or a regular expression after "re:" (full match).
+    operator: the operator as the model wrote it: "linear", "addmm", "einsum", "conv2d" …
+    module: class of the innermost module, short ("Linear") or qualified ("torch.nn.modules.linear.Linear").
+    shape: a predicate on M, N and K: text ("K >= 1024 and M <= 16") or a function of a `Shape`.
+    optional: a rule with selectors that matches nothing is an error unless it is optional.
+    """
+
+    scheme: Scheme
+    name: str | None = None
+    operator: str | None = None
+    module: str | None = None
+    shape: str | Callable[[Shape], bool] | None = None
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scheme, Scheme):
+            raise RecipeError(f"a rule's scheme must be a scheme such as Int4WeightOnly(), not {self.scheme!r}")
+        if self.name is not None and self.name.startswith("re:"):
+            try:
+                re.compile(self.name[3:])
+            except re.error as error:
+                raise RecipeError(f"the selector {self.name!r} is no regular expression: {error}") from None
+        if isinstance(self.shape, str):
+            parse(self.shape)
+
+    @property
+    def selective(self) -> bool:
+        return any(s is not None for s in (self.name, self.operator, self.module, self.shape))
+
+    def matches(self, candidate: Candidate) -> bool | None:
+        """Whether it matches; None where a shape predicate cannot be decided for a dynamic M."""
+        if self.name is not None:
+            glob = self.name.startswith("re:") or fnmatch.fnmatchcase(candidate.name, self.name)
+            if not (re.fullmatch(self.name[3:], candidate.name) if self.name.startswith("re:") else glob):
+                return False
+        if self.operator is not None and self.operator != candidate.operator:
+            return False
+        if self.module is not None and self.module not in (candidate.module, candidate.module.rpartition(".")[2]):
+            return False
+        if self.shape is None:
+            return True
+        if candidate.shape is None:
+            return False
+        if isinstance(self.shape, str):
+            return holds(self.shape, candidate.shape)
+        try:
+            return bool(self.shape(candidate.shape))
+        except TypeError:  # a relation on a symbolic M has no truth value
+            return None
+
+    def __str__(self) -> str:
+        selectors = {k: getattr(self, k) for k in SELECTORS if getattr(self, k) is not None}
+        return " ".join([*(f"{k}={v!r}" for k, v in selectors.items()), f"→ {self.scheme}"])
+
+
+SELECTORS = ("name", "operator", "module", "shape")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered list of rules."""
+
+    rules: tuple[Rule, ...]
+
+    @classmethod
+    def of(cls, source: Any) -> Recipe:
+        """From a recipe, a scheme, a list of rules, a preset string, or a `.toml` file."""
+        if isinstance(source, cls):
+            return source
+        if isinstance(source, Scheme):
+            return cls((Rule(source),))
+        if isinstance(source, Path) or (isinstance(source, str) and source.endswith(".toml")):
+            try:
+                return cls.from_toml(Path(source).read_text())
+            except OSError as error:
+                raise RecipeError(f"the recipe {source} cannot be read: {error.strerror}") from None
+        if isinstance(source, str):
+            return cls(tuple(parse_part(p) for p in re.split(r"\+(?![^(]*\))", source)))
+        if isinstance(source, Iterable):
+            rules = tuple(source)
+            if rules and all(isinstance(r, Rule) for r in rules):
+                return cls(rules)
+        raise RecipeError(f"{source!r} is no recipe: give a preset, a scheme, a list of rules, a Recipe or a .toml")
+
+    @classmethod
+    def from_toml(cls, text: str) -> Recipe:
+        try:
+            document = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"the recipe is no TOML: {error}") from None
+        for key in document:
+            if key != "rule":
+                raise RecipeError(f"unknown key {key!r} in the recipe; {nearest(key, ['rule'])}")
+        rules = document.get("rule", [])
+        if not isinstance(rules, list) or not rules:
+            raise RecipeError("the recipe has no [[rule]]")
+        return cls(tuple(rule_from(dict(table), f"rule {i}") for i, table in enumerate(rules, 1)))
+
+    def to_toml(self) -> str:
+        """The recipe as TOML, which `from_toml` reads back; rules whose shape is a function have no text."""
+        lines: list[str] = []
+        for rule in self.rules:
+            if callable(rule.shape):
+                raise RecipeError(f"a shape predicate that is a function cannot be written as TOML: {rule}")
+            table = {k: getattr(rule, k) for k in SELECTORS if getattr(rule, k) is not None}
+            table |= {"optional": True} if rule.optional else {}
+            table |= {"scheme": rule.scheme.preset, **rule.scheme.settings(changed_only=False)}
+            lines += ["[[rule]]", *(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in table.items()), ""]
+        return "\n".join(lines)
+
+    def decide(self, candidate: Candidate) -> tuple[int, Rule] | None:
+        """The number (from 1) and the rule that wins, or None if none matches."""
+        winners = [(i, r) for i, r in enumerate(self.rules, 1) if r.matches(candidate)]
+        return winners[-1] if winners else None
+
+    def undecided(self, candidate: Candidate) -> list[int]:
+        """The numbers of the rules whose shape predicate a dynamic M leaves open."""
+        return [i for i, r in enumerate(self.rules, 1) if r.matches(candidate) is None]
+
+    def check_selectors(self, candidates: Iterable[Candidate]) -> None:
+        """Raises `RecipeError` for a rule with selectors that matches no candidate and is not optional."""
+        candidates = list(candidates)
+        for i, rule in enumerate(self.rules, 1):
+            if not rule.selective or rule.optional or any(rule.matches(c) is not False for c in candidates):
+                continue
+            for key in SELECTORS[:3]:
+                wanted = getattr(rule, key)
+                seen = list(dict.fromkeys(getattr(c, key) for c in candidates))
+                if wanted is not None and not any(Rule(rule.scheme, **{key: wanted}).matches(c) for c in candidates):
+                    found = f"no {key} {wanted!r}; {nearest(wanted, seen)}"
+                    raise RecipeError(f"rule {i} ({rule}) matches nothing: {found}")
+            raise RecipeError(f"rule {i} ({rule}) matches nothing among {len(candidates)} candidates")
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.rules))
+
+
+def parse_part(text: str) -> Rule:
+    """One part of a recipe string: `[selector:]preset[(parameter=value, …)]`."""
+    found = re.fullmatch(r"\s*(?:(?P<name>\S+):)?(?P<preset>[\w-]+)\s*(?:\((?P<settings>.*)\))?\s*", text)
+    if not found:
+        raise RecipeError(f"{text.strip()!r} is no recipe; {nearest(text.strip(), PRESETS)}")
+    table: dict[str, Any] = {"scheme": found["preset"]}
+    for setting in filter(None, map(str.strip, (found["settings"] or "").split(","))):
+        key, equals, value = map(str.strip, setting.partition("="))
+        if not equals:
+            raise RecipeError(f"{setting!r} in {text.strip()!r} is no parameter=value")
+        table[key] = int(value) if value.isdecimal() else value.strip("\"'")
+    if found["name"]:
+        table["name"] = found["name"]
+    return rule_from(table, repr(text.strip()))
+
+
+def rule_from(table: dict[str, Any], where: str) -> Rule:
+    preset = table.pop("scheme", None)
+    if preset not in PRESETS:
+        raise RecipeError(f"{where}: unknown scheme {preset!r}; {nearest(preset, PRESETS)}")
+    own = {k: table.pop(k) for k in (*SELECTORS, "optional") if k in table}
+    valid = PRESETS[preset].parameters()
+    for key in table:
+        if key not in valid:
+            keys = (*valid, *SELECTORS, "optional", "scheme")
+            raise RecipeError(f"{where}: unknown key {key!r} for {preset}; {nearest(key, keys)}")
+    return Rule(PRESETS[preset](**table), **own)

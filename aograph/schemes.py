@@ -1,0 +1,93 @@
+"""Schemes: what a rule of a recipe asks for. One frozen dataclass for each technique.
+
+`preset` is the name under which recipes know it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .errors import RecipeError
+from .kernels.rounding import ALGORITHMS
+
+
+def nearest(word: Any, valid: Iterable[str]) -> str:
+    """`did you mean …?` for the nearest valid word, or the list of all if none is near."""
+    valid = [str(v) for v in valid]
+    near = difflib.get_close_matches(str(word), valid, n=1, cutoff=0.5)
+    listed = ", ".join(valid[:12]) + (f" … ({len(valid)} in all)" if len(valid) > 12 else "")
+    return f"did you mean {near[0]!r}?" if near else f"valid: {listed}"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The base of schemes; equal parameters make equal schemes."""
+
+    preset: ClassVar[str]
+
+    @classmethod
+    def parameters(cls) -> tuple[str, ...]:
+        return tuple(f.name for f in dataclasses.fields(cls))
+
+    def settings(self, changed_only: bool = True) -> dict[str, Any]:
+        """The parameters and their values; by default only those that differ from the defaults."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if not changed_only or getattr(self, f.name) != f.default
+        }
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{k}={v}" for k, v in self.settings().items())
+        return f"{self.preset}({settings})" if settings else self.preset
+
+    def check(self, parameter: str, valid: Iterable[Any]) -> None:
+        value, valid = getattr(self, parameter), tuple(valid)
+        if value not in valid:
+            raise RecipeError(f"{self.preset}: {parameter}={value!r} is unknown; {nearest(value, valid)}")
+
+
+@dataclass(frozen=True)
+class Keep(Scheme):
+    """Leaves what it matches as it is."""
+
+    preset: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class Int8WeightOnly(Scheme):
+    """Weights in 8 bits, symmetric, one scale per output channel; activations and arithmetic as they were.
+
+    algorithm: how the range of a channel is found: "minmax" (no clipping), "mse" (the clip that minimises the
+        squared error).
+    """
+
+    preset: ClassVar[str] = "int8wo"
+    algorithm: str = "minmax"
+
+    def __post_init__(self) -> None:
+        self.check("algorithm", ALGORITHMS)
+
+
+@dataclass(frozen=True)
+class Int4WeightOnly(Scheme):
+    """Weights in 4 bits, asymmetric, one scale and zero point per group of `group_size` inputs of a channel.
+
+    group_size: 32, 64, 128 or 256 inputs; must divide K.
+    algorithm: "minmax" or "mse", as for int8wo.
+    """
+
+    preset: ClassVar[str] = "int4wo"
+    group_size: int = 64
+    algorithm: str = "minmax"
+
+    def __post_init__(self) -> None:
+        self.check("group_size", (32, 64, 128, 256))
+        self.check("algorithm", ALGORITHMS)
+
+
+PRESETS: dict[str, type[Scheme]] = {cls.preset: cls for cls in Scheme.__subclasses__()}

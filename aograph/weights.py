@@ -1,0 +1,135 @@
+"""Weights: packed once, whatever number of graphs use them, one layer at a time, on the target device."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .errors import WeightError
+from .expression import Expression
+from .program import Program, set_attribute
+from .report import Row
+
+PROBE_TOKENS = 16
+
+
+@dataclass
+class Pack:
+    """A weight that a pass has packed, to be packed for real by `WeightStore.materialize`.
+
+    `weight` computes the original and `function(weight) -> tuple of tensors` packs it; `names` are the constants
+    that the result fills, `key` says what they hold. `op(x, packed) -> y` is the rewritten op without bias; its
+    error goes to the `rows` of the report.
+    """
+
+    key: str
+    weight: Expression
+    function: Callable[[Tensor], tuple[Tensor, ...]]
+    names: tuple[str, ...]
+    op: Callable[[Tensor, tuple[Tensor, ...]], Tensor]
+    rows: list[Row]
+
+
+class WeightStore:
+    """The tensors that the programs of one model run on.
+
+    Originals come from the programs' constants (which share the model's storage). What a program packs is made
+    once and shared by key; what it uses unpacked is shared with the model if that is on the device already, except
+    that buffers which graphs write are copied, so that the model's own never change.
+
+    With `hand_over`, an original is released as soon as no program needs it: the model's tensor moves to meta.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, hand_over: bool):
+        self.device = device
+        self.model: nn.Module | None = model if hand_over else None
+        self.kept: dict[str, Tensor] = {}  # unpacked, on the device
+        self.packed: dict[str, tuple[Tensor, ...]] = {}  # by key
+        self.errors: dict[str, float] = {}  # by key
+        self.names: dict[str, Tensor] = {}  # all that programs refer to: the state
+        self.lock = threading.RLock()
+
+    def materialize(self, program: Program, progress: bool = True) -> None:
+        """Packs what is not packed yet, puts all tensors where the graph looks for them, releases originals.
+
+        Raises `WeightError` for a weight with NaN or inf, before anything is packed or released.
+        """
+        with self.lock:
+            missing = [p for p in program.packs.values() if p.key not in self.packed]
+            self.check_finite(program, missing)
+            waiting = {name: sum(name in p.weight.leaves for p in missing) for name in program.constants}
+            used = set(program.weights)
+            for pack in tqdm(missing, "packing", unit="weight", disable=None if progress else True, leave=False):
+                self.pack(pack, program)
+                for name in pack.weight.leaves:
+                    waiting[name] -= 1
+                    if waiting[name] == 0 and name not in used:
+                        self.release(program, name)
+            for pack in program.packs.values():
+                for row in pack.rows:
+                    row.error = self.errors[pack.key]
+                for name, tensor in zip(pack.names, self.packed[pack.key], strict=True):
+                    self.names[name] = tensor
+                    set_attribute(program.graph_module, name, tensor)
+            for name in program.constants.keys() & used:
+                self.names[name] = tensor = self.keep(program, name)
+                set_attribute(program.graph_module, name, tensor)
+            program.constants = {n: self.kept[n] for n in program.constants.keys() & used}
+
+    def check_finite(self, program: Program, packs: list[Pack]) -> None:
+        for name in dict.fromkeys(n for p in packs for n in p.weight.leaves):
+            tensor = program.constants[name]
+            if tensor.is_meta:
+                raise WeightError(
+                    f"the weight {name} is on the meta device: it was never loaded, or was handed over and packed "
+                    "before; give the loaded model, or hand it over only once its shapes are captured"
+                )
+            if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor.detach())):
+                bad = (~torch.isfinite(tensor.detach())).nonzero()[0].tolist()
+                raise WeightError(
+                    f"the weight {name} holds NaN or inf, first at {bad}: nothing was packed; "
+                    f"repair the checkpoint, or exclude it with the rule {name.removesuffix('.weight')}:none"
+                )
+
+    def pack(self, pack: Pack, program: Program) -> None:
+        with torch.no_grad():
+            weight = pack.weight.evaluate(lambda name: program.constants[name].detach().to(self.device))
+            packed = tuple(pack.function(weight))
+            generator = torch.Generator(self.device).manual_seed(0)
+            x = torch.randn(PROBE_TOKENS, weight.shape[1], generator=generator, device=self.device, dtype=weight.dtype)
+            expected = F.linear(x, weight).float()
+            self.errors[pack.key] = float((pack.op(x, packed).float() - expected).norm() / expected.norm())
+            self.packed[pack.key] = packed
+
+    def keep(self, program: Program, name: str) -> Tensor:
+        """The unpacked tensor of a program, on the device."""
+        if name not in self.kept:
+            tensor = program.constants[name].detach().to(self.device)
+            own = self.model is not None or tensor.data_ptr() != program.constants[name].data_ptr()
+            self.kept[name] = tensor.clone() if name in program.mutated and not own else tensor
+        return self.kept[name]
+
+    def release(self, program: Program, name: str) -> None:
+        """Lets go of an original: in the program, and, if it was handed over, in the model."""
+        original = program.constants.pop(name)
+        set_attribute(program.graph_module, name, torch.empty(0, device="meta"))
+        if self.model is None:
+            return
+        for module in self.model.modules():
+            for group in (module._parameters, module._buffers):
+                for key, tensor in group.items():
+                    if tensor is original or (tensor is not None and tensor.data_ptr() == original.data_ptr()):
+                        group[key] = meta_like(tensor)
+
+
+def meta_like(tensor: Tensor) -> Any:
+    """A tensor of the same kind on the meta device."""
+    like = tensor.detach().to("meta")
+    return nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like

@@ -1,0 +1,143 @@
+"""What a pass is, and what a pass that carries out a scheme is."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..expression import Expression
+from ..kernels.op import Case, Op, capability
+from ..patterns.language import inherit
+from ..program import Program, Site, nbytes, set_attribute
+from ..report import NEAR_MISS, REWRITTEN
+from ..weights import Pack
+
+if TYPE_CHECKING:
+    from ..pipeline import Context
+    from ..schemes import Scheme
+
+
+class Stage(enum.IntEnum):
+    """The order of passes; within a stage they run in the order in which `after` asks for, then by name."""
+
+    NORMALIZE = 0
+    DECIDE = 1
+    FUSE = 2
+    SPARSIFY = 3
+    QUANTIZE = 4
+    CACHE = 5
+    LOWER = 6
+    CLEANUP = 7
+
+
+class Pass:
+    """A rewrite of programs: a name, a stage, and `run(program, context)`, which answers with its matches."""
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    after: ClassVar[tuple[str, ...]] = ()  # names of passes of the same stage that run before
+
+    def run(self, program: Program, context: Context) -> int:
+        raise NotImplementedError
+
+
+class SchemePass(Pass):
+    """Carries out one scheme at the sites to which the recipe gave it.
+
+    A technique says which `scheme`, refuses sites that cannot take it, and rewrites the others, mostly by `swap`.
+    """
+
+    stage = Stage.QUANTIZE
+    scheme: ClassVar[type[Scheme]]
+
+    def refuse(self, site: Site) -> str | None:
+        """Why this site cannot take the scheme; None if it can."""
+
+    def rewrite(self, site: Site, program: Program) -> None:
+        raise NotImplementedError
+
+    def run(self, program: Program, context: Context) -> int:
+        taken = 0
+        for site in program.sites:
+            if not isinstance(site.scheme, self.scheme):
+                continue
+            if reason := self.refuse(site):
+                for row in site.rows:
+                    row.close(NEAR_MISS, reason)
+                continue
+            self.rewrite(site, program)
+            taken += 1
+        return taken
+
+
+def swap(
+    program: Program,
+    site: Site,
+    op: Op,
+    function: Callable[[Tensor], tuple[Tensor, ...]],
+    *rest: Any,
+    group_size: int | None = None,
+) -> None:
+    """Puts `op(x, *packed, *rest, bias)` in place of a linear, where `packed = function(weight)`.
+
+    Here the function sees only a fake weight, for shapes; the weight store runs it. Sites with the same weight and
+    the same scheme share what is packed.
+    """
+    weight, like = Expression.of(site.weight), site.weight.meta["val"]
+    key = f"{op.name}|{site.scheme}|{weight}"
+    with like.fake_mode:
+        fakes = function(like)
+    if key not in program.packs:
+        fields = [a.name for a in op.overload._schema.arguments[1 : 1 + len(fakes)]]
+        names = constant_names(program, weight.leaves, fields)
+        program.packs[key] = Pack(key, weight, function, names, lambda x, packed: op(x, *packed, *rest, None), [])
+    pack = program.packs[key]
+    pack.rows += site.rows
+
+    old, x, bias = site.node, site.x, site.bias
+    with program.graph.inserting_before(old):
+        constants = []
+        for name, fake in zip(pack.names, fakes, strict=True):
+            set_attribute(program.graph_module, name, torch.empty(0, device="meta"))
+            constants.append(program.graph.get_attr(name))
+            constants[-1].meta["val"] = fake
+        site.node = program.graph.call_function(op.overload, (x, *constants, *rest, bias))
+
+    before, after = nbytes(like), sum(map(nbytes, fakes))
+    device = like.device
+    case = Case(device.type, x.meta["val"].dtype, None, site.N, site.K, group_size, capability_of(device))
+    for row in site.rows:
+        row.outcome, row.scheme = REWRITTEN, str(site.scheme)
+        row.kernel = op.plan(case, *row.shape.bounds)
+        row.bytes_after = round(row.bytes_before * after / before)
+    inherit(site.node, old)
+    old.replace_all_uses_with(site.node)
+    program.graph.erase_node(old)
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a CUDA device; that of Hopper where the graph is for a GPU that is not here."""
+    if device.type != "cuda":
+        return None
+    return capability(device) if torch.cuda.is_available() else (9, 0)
+
+
+def constant_names(program: Program, leaves: list[str], fields: list[str]) -> tuple[str, ...]:
+    """Free names for packed tensors: those of their weights, with the field's name at the end.
+
+    `a.q_proj.weight` and `a.k_proj.weight` together become `a.q_proj_k_proj.weight`.
+    """
+    parts = [leaf.split(".") for leaf in leaves]
+    columns = itertools.zip_longest(*parts, fillvalue="")
+    base = ".".join("_".join(dict.fromkeys(filter(None, column))) for column in columns)
+    taken = {name for pack in program.packs.values() for name in pack.names}
+    for suffix in itertools.chain([""], (f"_{i}" for i in itertools.count(2))):
+        names = tuple(f"{base}{suffix}_{field}" for field in fields)
+        if taken.isdisjoint(names):
+            return names
+    raise AssertionError("unreachable: itertools.count never ends")

@@ -1,0 +1,153 @@
+"""Finds the candidates: a row of the report for each, a site for each that schemes can take, and its scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..expression import Expression
+from ..patterns.language import Miss, constant, match, packet
+from ..patterns.linear import LINEAR, underlying, weight_operands
+from ..predicate import Shape
+from ..program import Program, Site, get_attribute, nbytes
+from ..report import EXCLUDED, NEAR_MISS, SKIPPED, Row
+from ..schemes import Keep
+from .base import Pass, Stage
+
+aten = torch.ops.aten
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class FindSites(Pass):
+    """Rows, sites, and the recipe's decision on each."""
+
+    name = "find_sites"
+    stage = Stage.DECIDE
+
+    def run(self, program: Program, context) -> int:
+        for node in program.graph.nodes:
+            program.rows += self.inside(program, node)
+            for weight in weight_operands(node)[:1]:
+                found = match(LINEAR, node)
+                row = self.row(program, node, weight, found)
+                program.rows.append(row)
+                if isinstance(found, Miss):
+                    bank = "the weight is picked by data (an expert bank)"
+                    picked = not constant(weight) and underlying(weight) == "picked by data"
+                    row.close(NEAR_MISS, bank if picked else node.meta.get("miss", found.reason))
+                else:
+                    program.sites.append(Site(node, [row]))
+        context.recipe.check_selectors(program.rows)
+        for site in program.sites:
+            self.decide(program, site, context.recipe)
+        return len(program.sites)
+
+    def row(self, program: Program, node: Node, weight: Node, found) -> Row:
+        val = weight.meta["val"]
+        path, module = node.meta.get("origin", ("", ""))
+        shape = None
+        if not isinstance(found, Miss):
+            tokens = Site(node, []).M
+            shape = Shape(tokens, *map(int, val.shape), bounds=program.bounds(tokens))
+        return Row(
+            name=candidate_name(weight, path, program.aliases),
+            operator=node.meta.get("operator") or str(packet(node.target)).removeprefix("aten."),
+            module=module,
+            shape=shape,
+            dtype=val.dtype,
+            bytes_before=nbytes(val),
+        )
+
+    def inside(self, program: Program, node: Node) -> Iterator[Row]:
+        """Rows for products inside subgraphs that stay whole (cond, while_loop, autocast regions)."""
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+            return
+        operands = torch.utils._pytree.tree_leaves(node.args)
+        for subgraph in operands:
+            if not isinstance(subgraph, Node) or subgraph.op != "get_attr":
+                continue
+            inner = get_attribute(program.graph_module, subgraph.target)
+            if not isinstance(inner, GraphModule):
+                continue
+            placeholders = list(inner.graph.find_nodes(op="placeholder"))
+            for placeholder, operand in zip(reversed(placeholders), reversed(operands), strict=False):
+                if not isinstance(operand, Node) or not constant(operand):
+                    continue
+                for user in placeholder.users:
+                    product = packet(user.target) in PRODUCTS
+                    if product and placeholder in user.all_input_nodes[1:]:
+                        row = self.row(program, user, operand, Miss(""))
+                        row.close(NEAR_MISS, f"inside {node.target}, which passes do not enter")
+                        yield row
+
+    def decide(self, program: Program, site: Site, recipe) -> None:
+        (row,) = site.rows
+        decision = recipe.decide(row)
+        open_rules = recipe.undecided(row)
+        if open_rules:
+            row.notes.append(f"rule {open_rules} is undecided for M = {row.shape.M}")
+        if decision is None:
+            row.close(SKIPPED, "no rule of the recipe matches")
+        elif isinstance(decision[1].scheme, Keep):
+            row.close(EXCLUDED, f"excluded by rule {decision[0]}")
+        elif site.dtype not in FLOATS:
+            row.close(NEAR_MISS, f"unsupported dtype {site.dtype}")
+        elif site.x.meta["val"].dtype != site.dtype:
+            row.close(NEAR_MISS, f"x is {site.x.meta['val'].dtype}, the weight {site.dtype}")
+        elif 0 in site.weight.meta["val"].shape:
+            row.close(SKIPPED, "the weight is empty")
+        elif role := self.other_role(program, site):
+            row.close(SKIPPED, f"its weight is used elsewhere in another role ({role})")
+        else:
+            site.scheme = decision[1].scheme
+
+    def other_role(self, program: Program, site: Site) -> str | None:
+        """A use of the site's weights that is neither a linear's weight nor an embedding's table."""
+        weights = program.weights
+        linears = {s.node: s.weight for s in program.sites}
+        stack = [weights[name] for name in Expression.of(site.weight).leaves]
+        while stack:
+            node = stack.pop()
+            for user in node.users:
+                if constant(user):
+                    stack.append(user)
+                elif linears.get(user) is not node and packet(user.target) is not aten.embedding:
+                    return "an output" if user.op == "output" else f"{packet(user.target)}".removeprefix("aten.")
+        return None
+
+
+PRODUCTS = {aten.linear, aten.mm, aten.addmm, aten.matmul, aten.bmm}
+
+
+def candidate_name(weight: Node, path: str, aliases: Mapping[str, str]) -> str:
+    """The qualified name of a weight without a final ".weight", of a tied one that of the module which multiplies.
+
+    A part of a weight says which; an expression of several weights goes by the module.
+    """
+    expression = Expression.of(weight) if constant(weight) else None
+    if expression is None or len(expression.leaves) != 1:
+        return path
+    (leaf,) = expression.leaves
+    name = path if aliases.get(f"{path}.weight") == leaf else leaf.removesuffix(".weight")
+    if (part := view_of(weight)) is not None:
+        name += part
+    return name
+
+
+def view_of(node: Node) -> str | None:
+    """`[64:128]` for a slice or a chunk of a weight; None for the whole of it."""
+    while node.op != "get_attr":
+        if packet(node.target) is aten.slice:
+            _, dim, start, end = [*node.args, *[None] * 4][:4]
+            size = node.args[0].meta["val"].shape[dim or 0]
+            return f"[{':, ' * (dim or 0)}{start or 0}:{min(end, size) if end is not None else size}]"
+        if packet(node.target) in (aten.select,):
+            return f"[{':, ' * node.args[1]}{node.args[2]}]"
+        if node.target.__name__ == "getitem" and isinstance(node.args[1], int):
+            return f"[chunk {node.args[1]}]"
+        if len(node.all_input_nodes) != 1:
+            return None
+        node = node.all_input_nodes[0]
+    return None

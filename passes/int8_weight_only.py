@@ -1,0 +1,20 @@
+"""Linears under an `Int8WeightOnly` rule become `aograph::int8_linear`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ..kernels.int8_linear import int8_linear, pack
+from ..program import Program, Site
+from ..schemes import Int8WeightOnly
+from .base import SchemePass, swap
+
+
+class Int8WeightOnlyPass(SchemePass):
+    """Any shape will do."""
+
+    name = "int8_weight_only"
+    scheme = Int8WeightOnly
+
+    def rewrite(self, site: Site, program: Program) -> None:
+        swap(program, site, int8_linear, partial(pack, algorithm=site.scheme.algorithm))

@@ -1,0 +1,86 @@
+"""Removes what says nothing in an inference graph: asserts, detaches, stray clones and casts, dead dropout."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from ..patterns.language import Any, Builder, Match, P, Rule, mutates, packet, rewrite, written
+from ..program import Program
+from .base import Pass, Stage
+
+aten = torch.ops.aten
+x = Any("x")
+ASSERTS = {aten._assert_async, aten._assert_scalar, aten._assert_tensor_metadata, aten.sym_constrain_range,
+           aten.sym_constrain_range_for_size, torch.ops.profiler._record_function_exit}  # fmt: skip
+
+
+def same_kind(m: Match) -> bool | str:
+    """A cast to the dtype, device and layout that x has."""
+    before, after = m.x.meta["val"], m.root.meta["val"]
+    same = before.dtype == after.dtype and before.device == after.device
+    # As text: asking torch whether two symbolic strides are equal would specialize the graph to its sizes.
+    return (same and str(before.stride()) == str(after.stride())) or "it changes dtype, device or layout"
+
+
+def never_written(m: Match) -> bool | str:
+    """A copy that can be told from its source only by writing one of them."""
+    source = m.x
+    if source.op == "placeholder" or any(user.op == "output" for user in m.root.users):
+        return "it separates an input from an output"
+    return not (written(source) or written(m.root)) or "one of the two is written in place"
+
+
+def first(m: Match, g: Builder) -> Node:
+    return m.x
+
+
+RULES = [
+    Rule("detach", P(aten.detach, x), first),
+    Rule("detach_", P(aten.detach_, x), first),
+    Rule("alias", P(aten.alias, x), first),
+    Rule("lift_fresh_copy", P(aten.lift_fresh_copy, x, where=never_written), first),
+    Rule("clone", P(aten.clone, x, where=(never_written, same_kind)), first),
+    Rule("contiguous", P(aten.contiguous, x, Any(), where=same_kind), first),
+    Rule("dropout of an inference graph", P(aten.dropout, x, Any(), False), first),
+    Rule("feature dropout of an inference graph", P(aten.feature_dropout, x, Any(), False), first),
+    Rule("dropout in place", P(aten.dropout_, x, Any(), False), first),
+    *(
+        Rule("cast to the same", P(op, x, *wild, where=(same_kind, never_written)), first)
+        for op, wild in (
+            (aten.to.dtype, [Any()] * 4),
+            (aten.to.device, [Any()] * 5),
+            (aten.to.dtype_layout, [Any()] * 7),
+            (aten.to.other, [Any()] * 4),
+            (aten._to_copy.default, [Any()] * 6),
+        )
+    ),
+]
+
+
+class RemoveNoops(Pass):
+    """Applies `RULES`, and erases asserts: shapes are checked at the call, values are the model's own."""
+
+    name = "remove_noops"
+    stage = Stage.NORMALIZE
+    after = ("inline_subgraphs",)
+
+    def run(self, program: Program, context) -> int:
+        asserts = [n for n in program.graph.nodes if packet(n.target) in ASSERTS and not n.users]
+        for node in asserts:
+            program.graph.erase_node(node)
+        hits, _ = rewrite(program.graph, RULES)
+        return len(asserts) + sum(hits.values()) + erase_dead(program)
+
+
+def erase_dead(program: Program) -> int:
+    """Erases calls and weights that nothing uses; writes stay."""
+    erased = 0
+    for node in reversed(list(program.graph.nodes)):
+        impure = (
+            node.op in ("placeholder", "output") or mutates(node) or (node.op == "call_function" and node.is_impure())
+        )
+        if not node.users and not impure:
+            program.graph.erase_node(node)
+            erased += 1
+    return erased

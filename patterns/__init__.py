@@ -1,0 +1,1 @@
+"""Patterns as data, and the named patterns of the compiler."""

@@ -1,0 +1,315 @@
+"""The pattern language: one object per node of the graph that it describes.
+
+A pattern names a target, binds what it captures and states its guards::
+
+    x, w = Any("x"), Weight("w", ndim=2)
+    P(aten.mm, x, w)                                   # mm of anything on a constant matrix
+    P(aten.addmm, Any("b"), x, w, 1, 1)                # literals match exactly; Any() is the wildcard
+
+Arguments stand in schema order, and an argument that a pattern leaves out must have its schema default.
+`match` answers with a `Match`, which holds the bindings, or with a `Miss`, which says what failed: when the
+root operator was right, that is a near miss worth reporting.
+
+Rewriting is data too: a `Rule` joins a pattern to a function that builds the replacement with a `Builder`,
+and `rewrite` applies a table of rules, indexed by root operator, in one walk over the graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any as Value
+
+import torch
+from torch.fx import Graph, Node
+
+__all__ = [
+    "Any", "Builder", "Match", "Maybe", "Miss", "P", "Rule", "Weight",
+    "arguments", "constant", "fake_mode", "inherit", "match", "mutates", "packet", "propagate", "rewrite", "written",
+]  # fmt: skip
+
+
+# --- reading nodes -----------------------------------------------------------------------------------------
+
+
+def packet(target: Value) -> Value:
+    """The overload packet of an ATen overload (`aten.mm` for `aten.mm.default`); other targets as they are."""
+    return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+
+
+def arguments(node: Node) -> list[Value]:
+    """The arguments of a call in schema order, defaults filled in."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return [*node.args, *node.kwargs.values()]
+    given = dict(enumerate(node.args))
+    return [
+        given[i] if i in given else node.kwargs.get(a.name, a.default_value)
+        for i, a in enumerate(node.target._schema.arguments)
+    ]
+
+
+def mutates(node: Node) -> list[Node]:
+    """The inputs that this node writes in place."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    schema = node.target._schema
+    if not schema.is_mutable:
+        return []
+    written = []
+    for argument, value in zip(schema.arguments, arguments(node), strict=True):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written += [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Node)]
+    return written
+
+
+def views_of(node: Node) -> list[Node]:
+    """The users of a node that may share its memory (views, and results of in-place ops)."""
+    aliases = []
+    for user in node.users:
+        if user.target is operator.getitem:
+            aliases.append(user)
+        elif isinstance(user.target, torch._ops.OpOverload):
+            schema = user.target._schema
+            for argument, value in zip(schema.arguments, arguments(user), strict=True):
+                if argument.alias_info is not None and value is node:
+                    aliases.append(user)
+                    break
+            else:
+                if packet(user.target) in MAYBE_VIEWS and arguments(user)[0] is node:
+                    aliases.append(user)
+    return aliases
+
+
+MAYBE_VIEWS = {torch.ops.aten.reshape, torch.ops.aten.contiguous, torch.ops.aten.to, torch.ops.aten.flatten}
+
+
+def written(node: Node) -> Node | None:
+    """The first node that writes this node's memory in place, directly or through a view."""
+    seen, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for user in current.users:
+            if current in mutates(user):
+                return user
+        stack += views_of(current)
+    return None
+
+
+def constant(value: Value) -> bool:
+    """Whether a node is a constant expression: weights and buffers that nothing writes, and pure functions
+    of them (views, slices, casts, concatenations)."""
+    if not isinstance(value, Node):
+        return False
+    if value.op == "get_attr":
+        return isinstance(value.meta.get("val"), torch.Tensor) and written(value) is None
+    if value.op != "call_function":
+        return False
+    if value.target is not operator.getitem:
+        if not isinstance(value.target, torch._ops.OpOverload) or value.target._schema.is_mutable:
+            return False
+        if torch.Tag.nondeterministic_seeded in value.target.tags:
+            return False
+    inputs = value.all_input_nodes
+    return bool(inputs) and all(map(constant, inputs)) and written(value) is None
+
+
+# --- patterns ----------------------------------------------------------------------------------------------
+
+Guard = Callable[["Match"], "bool | str"]
+
+
+@dataclass(frozen=True)
+class Any:
+    """Matches every value (a node, a number, None) and binds it to `name`, if one is given."""
+
+    name: str | None = None
+
+    def fit(self, value: Value, found: Match) -> str | None:
+        return found.bind(self.name, value)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Matches a constant expression with `ndim` dimensions."""
+
+    name: str | None = None
+    ndim: int | None = None
+
+    def fit(self, value: Value, found: Match) -> str | None:
+        if not constant(value):
+            return f"{self.name or 'an operand'} is not a constant"
+        shape = tuple(value.meta["val"].shape)
+        if self.ndim is not None and len(shape) != self.ndim:
+            return f"the weight has {len(shape)} dimensions {list(shape)} where {self.ndim} are needed"
+        return found.bind(self.name, value)
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """Matches None, and whatever its pattern matches."""
+
+    pattern: Value
+
+    def fit(self, value: Value, found: Match) -> str | None:
+        if value is None:
+            return found.bind(getattr(self.pattern, "name", None), None)
+        return fit(self.pattern, value, found)
+
+
+@dataclass(frozen=True, init=False)
+class P:
+    """A call of `target` (an overload, or a packet, which stands for all its overloads) on `args`.
+
+    `users` is the exact number of users that the node must have (None: any number); it is not asked of the
+    root. `where` guards run once all is bound; each answers True, or the reason for its no.
+    """
+
+    target: Value
+    args: tuple
+    users: int | None = None
+    where: tuple[Guard, ...] = ()
+    name: str | None = None
+
+    def __init__(self, target, *args, users=None, where=(), name=None):
+        for key, value in dict(target=target, args=args, users=users, where=where, name=name).items():
+            object.__setattr__(self, key, tuple(value) if key == "where" and not callable(value) else value)
+        if callable(where):
+            object.__setattr__(self, "where", (where,))
+
+    def fit(self, value: Value, found: Match) -> str | None:
+        if not isinstance(value, Node) or value.op != "call_function":
+            return f"{value} is no call of {self.target}"
+        if self.target not in (value.target, packet(value.target)):
+            return f"{value} calls {value.target}, not {self.target}"
+        if self.users is not None and found.root is not value and len(value.users) != self.users:
+            return f"{value} has {len(value.users)} users where {self.users} is needed"
+        actual = arguments(value)
+        if len(self.args) > len(actual):
+            return f"{value.target} takes {len(actual)} arguments, the pattern {len(self.args)}"
+        defaults = [a.default_value for a in value.target._schema.arguments] if hasattr(value.target, "_schema") else []
+        expected = [*self.args, *defaults[len(self.args) :]]
+        for pattern, argument in zip(expected, actual, strict=False):
+            if reason := fit(pattern, argument, found):
+                return reason
+        for guard in self.where:
+            if (answer := guard(found)) is not True:
+                return answer or "a guard of the pattern said no"
+        return found.bind(self.name, value)
+
+
+def fit(pattern: Value, value: Value, found: Match) -> str | None:
+    """None if `value` fits `pattern` (binding into `found`), else the reason why not."""
+    if hasattr(pattern, "fit"):
+        return pattern.fit(value, found)
+    if isinstance(pattern, (list, tuple)) and isinstance(value, (list, tuple)):
+        if len(pattern) != len(value):
+            return f"{value} has {len(value)} entries where {len(pattern)} are needed"
+        return next((r for p, v in zip(pattern, value, strict=True) if (r := fit(p, v, found))), None)
+    same = type(pattern) is type(value) or {type(pattern), type(value)} <= {int, float}
+    return None if same and pattern == value else f"argument {value} where {pattern} is needed"
+
+
+class Match:
+    """The bindings of a pattern that fitted, as attributes; `root` is the node at its top."""
+
+    def __init__(self, root: Node):
+        self.root = root
+        self.bindings: dict[str, Value] = {}
+
+    def bind(self, name: str | None, value: Value) -> str | None:
+        if name is not None and self.bindings.setdefault(name, value) is not value:
+            return f"{name} is {self.bindings[name]} in one place and {value} in another"
+        return None
+
+    def __getattr__(self, name: str) -> Value:
+        try:
+            return self.__dict__["bindings"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A pattern that did not fit, and why."""
+
+    reason: str
+
+
+def match(pattern: P, node: Node) -> Match | Miss:
+    """Fits `pattern` to `node`; linear in the size of the pattern."""
+    found = Match(node)
+    reason = pattern.fit(node, found)
+    return found if reason is None else Miss(reason)
+
+
+# --- rewriting ---------------------------------------------------------------------------------------------
+
+
+class Builder:
+    """Inserts calls before a node; each new node has `meta["val"]` and inherits the node's provenance."""
+
+    def __init__(self, node: Node):
+        self.node, self.graph = node, node.graph
+
+    def call(self, target: Value, *args: Value) -> Node:
+        with self.graph.inserting_before(self.node):
+            new = self.graph.call_function(target, args)
+        return inherit(new, self.node)
+
+
+def inherit(new: Node, old: Node) -> Node:
+    """Gives a new node the provenance of an old one, and its own `meta["val"]`."""
+    new.meta = {k: v for k, v in old.meta.items() if k in ("nn_module_stack", "stack_trace", "origin", "operator")}
+    new.meta["val"] = propagate(new)
+    return new
+
+
+def propagate(node: Node) -> Value:
+    """The fake value of a call, computed from its inputs' `meta["val"]`."""
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with fake_mode(node.graph), torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
+def fake_mode(graph: Graph) -> AbstractContextManager:
+    """The mode of the fake tensors of a graph, which all its symbolic sizes belong to."""
+    return next((m for n in graph.nodes if (m := getattr(n.meta.get("val"), "fake_mode", None))), nullcontext())
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`replace(match, builder)` builds what stands in place of a node that fits `pattern`."""
+
+    name: str
+    pattern: P
+    replace: Callable[[Match, Builder], Node]
+
+
+def rewrite(graph: Graph, rules: Iterable[Rule]) -> tuple[dict[str, int], dict[Node, str]]:
+    """Applies `rules` to every node, the first that fits winning; returns the number of hits by rule, and for
+    each node whose operator some rule names but no rule fitted, the reason of the nearest miss (the last rule)."""
+    by_target: dict[Value, list[Rule]] = defaultdict(list)
+    for rule in rules:
+        by_target[rule.pattern.target].append(rule)
+    hits: dict[str, int] = defaultdict(int)
+    misses: dict[Node, str] = {}
+    for node in list(graph.nodes):
+        candidates = by_target.get(node.target, []) + by_target.get(packet(node.target), [])
+        for rule in candidates if node.op == "call_function" else ():
+            found = match(rule.pattern, node)
+            if isinstance(found, Miss):
+                misses[node] = found.reason
+                continue
+            misses.pop(node, None)
+            new = rule.replace(found, Builder(node))
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+            hits[rule.name] += 1
+            break
+    return dict(hits), misses
