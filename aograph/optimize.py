@@ -52,7 +52,7 @@ class OptimizedModule(nn.Module):
         self._model = [model]  # in a list: not a submodule
         self._store = WeightStore(model, device, hand_over)
         self._compile_options = {"fullgraph": True, **compile_options} if compile else None
-        self._options = dict(strict=strict, disable=disable, dump=dump, progress=progress)
+        self._strict, self._disable, self._dump, self._progress = strict, disable, dump, progress
         self._captures: OrderedDict[int, tuple[Any, Capture, Callable]] = OrderedDict()
         self._count, self._max_captures = 0, max_captures
         self._lock = threading.RLock()
@@ -91,10 +91,10 @@ class OptimizedModule(nn.Module):
         flat, spec = flatten(args, kwargs)
         captured, report = rewrite(
             self._model[0], self.recipe, args, kwargs, self.dynamic_shapes, self.device,
-            disable=self._options["disable"], dump=self._options["dump"],
+            disable=self._disable, dump=self._dump,
         )  # fmt: skip
-        check_matches(report, self.recipe, self._options["strict"])
-        self._store.materialize(captured.program, self._options["progress"])
+        check_matches(report, self.recipe, self._strict)
+        self._store.materialize(captured.program, self._progress)
         captured.program.graph_module.recompile()
         run: Callable = captured.program.graph_module
         if self._compile_options is not None:
@@ -106,7 +106,7 @@ class OptimizedModule(nn.Module):
             self._captures.popitem(last=False)
         return captured, run
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """All tensors that the captures run on, packed and not, by name."""
         if args or kwargs:
             raise InputError("the state of an optimized module has no prefix and no destination: call state_dict()")

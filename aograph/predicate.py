@@ -56,7 +56,7 @@ def holds(text: str, shape: Shape) -> bool | None:
 
     def span(node: ast.expr) -> tuple[float, float]:
         if isinstance(node, ast.Constant):
-            return node.value, node.value
+            return int(node.value), int(node.value)  # type: ignore[arg-type]
         if isinstance(node, ast.Name):
             return sizes[node.id]
         if not isinstance(node, ast.BinOp):

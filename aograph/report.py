@@ -165,7 +165,7 @@ def dimensions(row: Row) -> str:
     return f"{row.shape.M}×{row.shape.N}×{row.shape.K}" if row.shape else ""
 
 
-def megabytes(size: int) -> str:
+def megabytes(size: float) -> str:
     """A size for people: B, KB, MB, GB in powers of 1000."""
     for unit in ("B", "KB", "MB"):
         if size < 1000:

@@ -28,9 +28,14 @@ HEADER = '''"""A captured graph. Run it again with `aograph reproduce FOLDER`.""
 import operator
 
 import torch
-from torch import device, inf, nan
+from torch import inf, nan
 
 NoneType = type(None)
+
+
+def device(*_, **__):
+    """Whatever device the graph was captured on: it runs again on meta."""
+    return torch.device("meta")
 '''
 
 

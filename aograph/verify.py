@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -46,7 +48,7 @@ def verify(program: Program) -> None:
 
 def verify_call(node: Node) -> None:
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aograph":
-        x = node.args[0].meta["val"]
+        x = node.all_input_nodes[0].meta["val"]
         if x.dtype not in HALF_OR_FLOAT or node.target._schema.name.removeprefix("aograph::") not in OPS:
             raise PassError(f"{node.format_node()}: {node.target} does not take {describe(x)}")
     inputs = tuple(n.meta.get("val") for n in node.all_input_nodes)
@@ -74,7 +76,7 @@ def tags(node: Node) -> list[torch.Tag]:
     return getattr(node.target, "tags", [])
 
 
-def agree(said: object, fresh: object) -> bool:
+def agree(said: Any, fresh: Any) -> bool:
     """Whether two fake values have the same kind, dtype, device and shape."""
     if isinstance(said, (list, tuple)) and isinstance(fresh, (list, tuple)):
         return len(said) == len(fresh) and all(map(agree, said, fresh))

@@ -65,7 +65,7 @@ class WeightStore:
             missing = [p for p in program.packs.values() if p.key not in self.packed]
             self.check_finite(program, missing)
             waiting = {name: sum(name in p.weight.leaves for p in missing) for name in program.constants}
-            used = set(program.weights)
+            used = program.weights.keys()
             for pack in tqdm(missing, "packing", unit="weight", disable=None if progress else True, leave=False):
                 self.pack(pack, program)
                 for name in pack.weight.leaves:
@@ -118,15 +118,16 @@ class WeightStore:
 
     def release(self, program: Program, name: str) -> None:
         """Lets go of an original: in the program, and, if it was handed over, in the model."""
-        original = program.constants.pop(name)
+        del program.constants[name]
         set_attribute(program.graph_module, name, torch.empty(0, device="meta"))
         if self.model is None:
             return
-        for module in self.model.modules():
+        for path in [name, *(alias for alias, owner in program.aliases.items() if owner == name)]:
+            owner, _, leaf = path.rpartition(".")
+            module = self.model.get_submodule(owner)
             for group in (module._parameters, module._buffers):
-                for key, tensor in group.items():
-                    if tensor is original or (tensor is not None and tensor.data_ptr() == original.data_ptr()):
-                        group[key] = meta_like(tensor)
+                if (tensor := group.get(leaf)) is not None:
+                    group[leaf] = meta_like(tensor)
 
 
 def meta_like(tensor: Tensor) -> Any:

@@ -1,0 +1,170 @@
+"""The command line: `aograph optimize`, `explain`, `recipes`, `env`, `reproduce`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from . import huggingface, reproducer
+from .errors import AographError, InputError
+from .kernels.op import OPS
+from .optimize import OptimizedModule, explain, optimize, rewrite
+from .recipe import Recipe
+from .schemes import PRESETS
+
+MODEL_HELP = """a Hugging Face folder, or module:factory, where the factory returns (model, example inputs)"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; 0, or 1 after an error, which is printed in one piece."""
+    options = parser().parse_args(arguments)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        return options.run(options) or 0
+    except AographError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="aograph", description="Make PyTorch models smaller and faster.")
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    def command(run: Any, name: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=inspect.getdoc(run), description=inspect.getdoc(run))
+        added.set_defaults(run=run)
+        return added
+
+    for run, name in ((run_optimize, "optimize"), (run_explain, "explain")):
+        added = command(run, name)
+        added.add_argument("model", help=MODEL_HELP)
+        added.add_argument(
+            "--recipe", default="int4wo", help="presets, as in 'int4wo + lm_head:int8wo', or a .toml file"
+        )
+        added.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        added.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the model's own")
+        added.add_argument("--tokens", type=int, default=32, help="length of the example input of a language model")
+        added.add_argument("--json", action="store_true", help="print the report as JSON")
+        if name == "optimize":
+            added.add_argument(
+                "--output", type=Path, help="a folder for packed.safetensors, recipe.toml and report.json"
+            )
+            added.add_argument("--strict", action="store_true", help="a recipe that rewrites nothing is an error")
+    command(run_recipes, "recipes")
+    command(run_env, "env")
+    command(run_reproduce, "reproduce").add_argument("folder", type=Path)
+    return top
+
+
+def run_optimize(options: argparse.Namespace) -> None:
+    """Optimize a model, print the report, write the packed state."""
+    recipe = Recipe.of(options.recipe)
+    if options.output is not None:
+        check_writable(options.output)
+    model, inputs = load(options)
+    optimized = optimize(
+        model, recipe, inputs, device=options.device, hand_over=True, compile=False, strict=options.strict
+    )
+    print_report(optimized.report, options)
+    if options.output is not None:
+        save(optimized, options.output)
+        print(f"wrote {options.output}")
+
+
+def run_explain(options: argparse.Namespace) -> None:
+    """Show what optimize would do and what each candidate costs, without packing anything."""
+    recipe = Recipe.of(options.recipe)
+    model, inputs = load(options)
+    report = explain(model, recipe, inputs, device=options.device)
+    print_report(report, options)
+    if not options.json:
+        print(f"\n{report.costs()}")
+
+
+def run_recipes(options: argparse.Namespace) -> None:
+    """List the presets, their parameters and defaults."""
+    rows = []
+    for name, scheme in PRESETS.items():
+        settings = ", ".join(f"{k}={v}" for k, v in scheme().settings(changed_only=False).items())
+        rows.append([name, settings, (inspect.getdoc(scheme) or "").partition("\n")[0]])
+    print(tabulate(rows, ["preset", "parameters", "what it does"], maxcolwidths=[None, None, 80]))
+
+
+def run_env(options: argparse.Namespace) -> None:
+    """Show versions, devices, and which kernels are available on each, or why not."""
+    from . import __version__
+
+    print(tabulate([["aograph", __version__], *reproducer.versions().items()], tablefmt="plain"))
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    rows = []
+    for device in devices:
+        name = torch.cuda.get_device_name(device) if device != "cpu" else torch.backends.cpu.get_cpu_capability()
+        for op in OPS.values():
+            for kernel, answer in op.availability(device):
+                rows.append([f"{device} ({name})", op.name, kernel, "yes" if answer is True else f"no: {answer}"])
+    print(tabulate(rows, ["device", "op", "kernel", "available"], maxcolwidths=[None, None, None, 70]))
+
+
+def run_reproduce(options: argparse.Namespace) -> None:
+    """Run the passes again on the graph of a reproducer folder."""
+    model, inputs, shapes, recipe, disable = reproducer.load(options.folder)
+    _, report = rewrite(model, recipe, inputs, {}, shapes, torch.device("meta"), disable=disable)
+    print(report.passes())
+    print(report.summary())
+
+
+def print_report(report: Any, options: argparse.Namespace) -> None:
+    print(json.dumps(report.as_dict(), indent=1) if options.json else report)
+
+
+def load(options: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """The model of the command line and example inputs for it."""
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    if Path(options.model).is_dir():
+        return huggingface.load(Path(options.model), dtype, options.tokens)
+    module, colon, factory = options.model.partition(":")
+    if not colon:
+        raise InputError(f"{options.model!r} is neither a folder nor module:factory")
+    sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{options.model!r} cannot be imported: {error}") from error
+    model, inputs = made if isinstance(made, tuple) else (made, None)
+    if inputs is None:
+        raise InputError(f"{options.model!r} gives no example inputs: return (model, example_inputs)")
+    return model.to(dtype) if dtype else model, inputs
+
+
+def check_writable(folder: Path) -> None:
+    """Raises `InputError` for a folder that cannot be written, before any work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"the output folder {folder} cannot be written: {error.strerror}; give another one") from error
+
+
+def save(optimized: OptimizedModule, folder: Path) -> None:
+    """Writes the packed state, the recipe and the report."""
+    from safetensors.torch import save_file
+
+    state = {name: tensor.contiguous() for name, tensor in optimized.state_dict().items()}
+    save_file(state, folder / "packed.safetensors", metadata={"recipe": optimized.recipe.to_toml()})
+    (folder / "recipe.toml").write_text(optimized.recipe.to_toml())
+    assert optimized.report is not None, "captured with example inputs"
+    (folder / "report.json").write_text(json.dumps(optimized.report.as_dict(), indent=1) + "\n")

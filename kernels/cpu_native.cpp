@@ -1,0 +1,487 @@
+// Weight-only int8 and int4 linear layers on the CPU: y = x @ w.T + bias, accumulated in fp32.
+//
+// A task is one panel of 64 output columns by up to PANEL_TILES tiles of rows of x. It walks K in chunks: the
+// panel's codes of a chunk become 32-bit words [steps, 64] that stay in the near caches, and every tile of up to
+// ROWS rows multiplies them in registers. A word is one fp32 value (Fp32), or a pair of bf16 neighbours along K
+// (Bf16: codes are exact in bf16, so only x's own precision counts). Scales enter in fp32, once per chunk. K is
+// always summed in the same order, whatever the number of threads.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <omp.h>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define WIDE 1
+#include <immintrin.h>
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define PAIRS 1
+#endif
+#endif
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+#ifdef __aarch64__
+typedef __fp16 half;
+#else
+typedef _Float16 half;
+#endif
+
+namespace {
+
+enum Dtype { FP32, BF16, FP16 };
+constexpr long LANES = 16, COLUMNS = 64, CHUNK = 1024;  // CHUNK: of K, a multiple of every group
+constexpr long ROWS = 6, PANEL_TILES = 64, DOT_ROWS = 4, ROUNDED_ROWS = 32;
+#ifdef WIDE
+constexpr int VECTORS = 4;  // of a tile's row that registers hold: 6 x 4 of 32
+#else
+constexpr int VECTORS = 1;
+#endif
+
+long ceil_div(long a, long b) { return (a + b - 1) / b; }
+
+template <class V> V load(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V> void store(void* p, const V& v) { memcpy(p, &v, sizeof v); }
+
+struct bf16 {
+  uint16_t bits;
+  bf16() = default;
+  explicit bf16(float value) {  // round to nearest even
+    const uint32_t wide = load<uint32_t>(&value);
+    bits = value != value ? 0x7fc0 : uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+  }
+  operator float() const {
+    const uint32_t wide = uint32_t(bits) << 16;
+    return load<float>(&wide);
+  }
+};
+
+template <class F> void with_type(long dtype, F f) { dtype == FP32 ? f(float()) : dtype == BF16 ? f(bf16()) : f(half()); }
+
+// dst[i] = src[first + i * stride], widened to fp32
+void widen(const void* src, long dtype, long first, long stride, long count, float* dst) {
+  with_type(dtype, [=](auto type) {
+    auto* p = static_cast<const decltype(type)*>(src) + first;
+#pragma omp simd
+    for (long i = 0; i < count; i++) dst[i] = float(p[i * stride]);
+  });
+}
+
+// dst[first + i] = src[i], rounded to `dtype`
+void narrow(const float* src, long count, void* dst, long dtype, long first) {
+  with_type(dtype, [=](auto type) {
+    auto* p = static_cast<decltype(type)*>(dst) + first;
+#pragma omp simd
+    for (long i = 0; i < count; i++) p[i] = decltype(type)(src[i]);
+  });
+}
+
+struct Problem {  // x [m, k] and y [m, n] of `dtype`, bias [n] or null
+  const void* x;
+  long dtype, m, n, k;
+  const float* bias;
+  void* y;
+  int threads;
+};
+
+struct Workspace {
+  float* data;
+  explicit Workspace(long floats) : data(new (std::align_val_t(64), std::nothrow) float[floats]) {}
+  ~Workspace() { operator delete[](data, std::align_val_t(64)); }
+};
+
+f32x16 codes8(const int8_t* q) {
+#ifdef WIDE
+  return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(q)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(load<i8x16>(q), i32x16), f32x16);
+#endif
+}
+
+float total(f32x16 v) {
+#ifdef WIDE
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float sum = 0;
+  for (int i = 0; i < LANES; i++) sum += v[i];
+  return sum;
+#endif
+}
+
+#ifdef WIDE
+// Transposes 16 x 16 dwords: within blocks of 4 x 4, then the blocks
+void transpose(__m512i (&r)[LANES]) {
+  __m512i t[LANES];
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES; i += 4) {
+    const __m512i a = _mm512_unpacklo_epi32(r[i], r[i + 1]), b = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]);
+    const __m512i c = _mm512_unpackhi_epi32(r[i], r[i + 1]), d = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
+    t[i] = _mm512_unpacklo_epi64(a, b), t[i + 1] = _mm512_unpackhi_epi64(a, b);
+    t[i + 2] = _mm512_unpacklo_epi64(c, d), t[i + 3] = _mm512_unpackhi_epi64(c, d);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m512i a = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd), d = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
+    r[i] = _mm512_shuffle_i32x4(a, b, 0x88), r[i + 8] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(c, d, 0x88), r[i + 12] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+}
+
+// Byte i of each dword, as fp32
+__m512 byte_of(__m512i dwords, int i) {
+#ifdef __AVX512VNNI__
+  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi32(1 << 8 * i), dwords));
+#else
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(dwords, 24 - 8 * i), 24));
+#endif
+}
+#endif
+
+// ---- Words: how a step of K is held and multiplied --------------------------------------------------------
+
+struct Fp32 {
+  static constexpr long STEP = 1;
+
+  static f32x16 madd(f32x16 sum, float a, f32x16 w) { return sum + w * a; }
+
+  // Words of columns 16v .. 16v + 15 at step s of an int4 panel
+  static f32x16 codes4(const uint8_t* q, long s, int v) {
+    const void* p = q + s * 32 + v % 2 * 16;
+#ifdef WIDE  // the lookup reads the low four bits of an index alone
+    const __m512i bytes = _mm512_cvtepu8_epi32(load<__m128i>(p));
+    const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return (f32x16)_mm512_permutexvar_ps(v < 2 ? bytes : _mm512_srli_epi32(bytes, 4), table);
+#else
+    const i32x16 bytes = __builtin_convertvector(load<u8x16>(p), i32x16);
+    return __builtin_convertvector((v < 2 ? bytes & 15 : bytes >> 4) - 8, f32x16);
+#endif
+  }
+#ifdef WIDE
+  // Words of 4 neighbours along K, the bytes of each dword of `codes`
+  static void codes8(__m512i codes, float* words) {
+    for (int i = 0; i < 4; i++) store(words + i * COLUMNS, byte_of(codes, i));
+  }
+#endif
+};
+
+#ifdef PAIRS
+constexpr uint16_t BF16_CODES[] = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,  // -8 .. -1
+                                   0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};  // 0 .. 7
+constexpr struct Orders {  // that make pairs of two rows of a panel: of codes for columns from 0 and 16, of bf16
+  uint8_t codes[2][64] = {};
+  uint16_t values[32] = {};
+  constexpr Orders() {
+    for (int i = 0; i < 128; i++) codes[i / 64][i % 64] = i / 4 + i % 4 / 2 * 32;
+    for (int i = 0; i < 32; i++) values[i] = i / 2 + i % 2 * 16;
+  }
+} ORDERS;
+
+struct Bf16 {
+  static constexpr long STEP = 2;
+
+  static f32x16 madd(f32x16 sum, float a, f32x16 w) {
+    return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_ps(a));
+  }
+
+  // A dword per column: bytes [code of k, 0, code of k + 1, 0] become two words, each an index of the table
+  static f32x16 codes4(const uint8_t* q, long s, int v) {
+    const __m512i bytes = _mm512_maskz_permutexvar_epi8(0x5555555555555555, load<__m512i>(ORDERS.codes[v % 2]),
+                                                        load<__m512i>(q + s * 64));
+    const __m512i table = _mm512_broadcast_i64x4(load<__m256i>(BF16_CODES));  // bit 4 of an index is not ours
+    return (f32x16)_mm512_permutexvar_epi16(v < 2 ? bytes : _mm512_srli_epi16(bytes, 4), table);
+  }
+
+  static void codes8(__m512i codes, float* words) {
+    const __m512i upper = _mm512_set4_epi32(0x0f0e0f0e, 0x0b0a0b0a, 0x07060706, 0x03020302);
+    for (int i = 0; i < 2; i++) {  // exact in bf16: the upper half of fp32 is the value
+      const __m512i even = (__m512i)byte_of(codes, 2 * i), odd = (__m512i)byte_of(codes, 2 * i + 1);
+      store(words + i * COLUMNS, _mm512_mask_shuffle_epi8(odd, 0x3333333333333333, even, upper));
+    }
+  }
+};
+#endif
+
+// ---- Weights: where the words of a panel come from --------------------------------------------------------
+
+struct Unpacked {  // words [steps, 64]
+  const float* words;
+  Unpacked from(long step) const { return {words + step * COLUMNS}; }
+  f32x16 operator()(long s, int v) const { return load<f32x16>(words + s * COLUMNS + v * LANES); }
+};
+
+template <class P> struct Nibbles {  // codes of one panel of int4
+  const uint8_t* q;
+  Nibbles from(long step) const { return {q + step * P::STEP * 32}; }
+  f32x16 operator()(long s, int v) const { return P::codes4(q, s, v); }
+};
+
+struct Int4 {
+  static constexpr bool ZERO = true;
+  const uint8_t* q;
+  const void* scale_zero;
+  long dtype, group, n, k;
+
+  void scales(long panel, long k0, float* scale, float* zero) const {
+    const long first = (k0 / group * ceil_div(n, COLUMNS) + panel) * COLUMNS * 2;
+    widen(scale_zero, dtype, first, 2, COLUMNS, scale);
+    widen(scale_zero, dtype, first + 1, 2, COLUMNS, zero);
+  }
+  template <class P> Nibbles<P> direct(long panel, long k0) const { return {q + (panel * k + k0) * 32}; }
+
+  template <class P> void unpack(long panel, long k0, long k1, float* words) const {
+    const Nibbles<P> codes = direct<P>(panel, k0);
+    for (long s = 0; s < (k1 - k0) / P::STEP; s++)
+      for (int v = 0; v < 4; v++) store(words + s * COLUMNS + v * LANES, codes(s, v));
+  }
+};
+
+#ifdef PAIRS
+struct Rounded {  // int4 as weights in bf16, which many rows of x pay for: their groups need no sums of their own
+  static constexpr bool ZERO = false;
+  Int4 from;
+  long group = CHUNK;
+
+  void scales(long, long, float* scale, float*) const { std::fill_n(scale, COLUMNS, 1.f); }
+
+  template <class P> void unpack(long panel, long k0, long k1, float* words) const {
+    float scale[COLUMNS], zero[COLUMNS];
+    for (; k0 < k1; k0 += from.group) {
+      from.scales(panel, k0, scale, zero);
+      const Nibbles<Fp32> codes = from.direct<Fp32>(panel, k0);
+      for (long s = 0; s < from.group; s += 2, words += COLUMNS)
+        for (int v = 0; v < 4; v++) {
+          const f32x16 a = load<f32x16>(scale + v * LANES), b = load<f32x16>(zero + v * LANES);
+          const __m512bh rows = _mm512_cvtne2ps_pbh((__m512)(codes(s + 1, v) * a + b), (__m512)(codes(s, v) * a + b));
+          store(words + v * LANES, _mm512_permutexvar_epi16(load<__m512i>(ORDERS.values), (__m512i)rows));
+        }
+    }
+  }
+};
+#endif
+
+struct Int8 {
+  static constexpr bool ZERO = false;
+  const int8_t* q;
+  const float* scale;
+  long n, k, group = CHUNK;
+
+  void scales(long panel, long, float* out, float*) const {
+    for (long j = 0; j < COLUMNS; j++) out[j] = panel * COLUMNS + j < n ? scale[panel * COLUMNS + j] : 0;
+  }
+  template <class P> void unpack(long panel, long k0, long k1, float* words) const {
+    for (long j = 0; j < COLUMNS; j += LANES) {
+      const long left = n - panel * COLUMNS - j;  // columns beyond the last are zero
+      const int8_t* rows = q + (panel * COLUMNS + j) * k;
+#ifdef WIDE
+      for (long p = k0; p < k1; p += 4 * LANES) {
+        const __mmask64 some = _bzhi_u64(~0ull, std::min(k1 - p, 4 * LANES));
+        __m512i r[LANES];
+#pragma GCC unroll 16
+        for (long i = 0; i < LANES; i++) {
+          if (i < left) __builtin_prefetch(rows + i * k + p + CHUNK, 0, 2);
+          r[i] = i < left ? _mm512_maskz_loadu_epi8(some, rows + i * k + p) : _mm512_setzero_si512();
+        }
+        transpose(r);
+        float* out = words + (p - k0) / P::STEP * COLUMNS + j;
+#pragma GCC unroll 16
+        for (long i = 0; i < LANES; i++) P::codes8(r[i], out + 4 / P::STEP * i * COLUMNS);
+      }
+#else
+      for (long i = 0; i < LANES; i++)
+        for (long p = k0; p < k1; p++) words[(p - k0) * COLUMNS + j + i] = i < left ? rows[i * k + p] : 0;
+#endif
+    }
+  }
+};
+
+// ---- The product -----------------------------------------------------------------------------------------
+
+// out [R, 64] += scale [64] * (a [steps, R] x words [steps, 64]) + zero [64] * sums [R]
+template <class P, bool ZERO, class W, int R>
+void tile(const float* a, W words, long steps, const float* scale, const float* zero, const float* sums, float* out) {
+  for (int v0 = 0; v0 < 4; v0 += VECTORS) {
+    f32x16 sum[R][VECTORS] = {};
+    for (long s = 0; s < steps; s++) {
+      f32x16 w[VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++) w[v] = words(s, v0 + v);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) sum[r][v] = P::madd(sum[r][v], a[s * R + r], w[v]);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++) {
+        const long j = (v0 + v) * LANES;
+        f32x16 y = load<f32x16>(out + r * COLUMNS + j) + sum[r][v] * load<f32x16>(scale + j);
+        if (ZERO) y += load<f32x16>(zero + j) * sums[r];
+        store(out + r * COLUMNS + j, y);
+      }
+  }
+}
+
+template <class P, bool ZERO, class W> constexpr decltype(&tile<P, ZERO, W, 1>) TILES[] = {
+    nullptr,             tile<P, ZERO, W, 1>, tile<P, ZERO, W, 2>, tile<P, ZERO, W, 3>,
+    tile<P, ZERO, W, 4>, tile<P, ZERO, W, 5>, tile<P, ZERO, W, 6>};
+
+// Packs rows [first, first + rows) of x over K [k0, k1): words a[step, row], and sums[group, m] unless null
+template <class P>
+void pack(const Problem& p, long first, long rows, long k0, long k1, float* a, long group, float* sums) {
+  const long count = k1 - k0, whole = count / P::STEP;
+  for (long r = first; r < first + rows; r++, a++) {
+    float line[CHUNK];
+    if (P::STEP == 1 || sums) widen(p.x, p.dtype, r * p.k + k0, 1, count, line);
+    for (long g = 0; sums && g < count / group; g++) {
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (long i = g * group; i < (g + 1) * group; i++) sum += line[i];
+      sums[g * p.m + r] = sum;
+    }
+    if (P::STEP == 1) {
+      for (long s = 0; s < whole; s++) a[s * rows] = line[s];
+    } else {
+      auto* x = static_cast<const uint16_t*>(p.x) + r * p.k + k0;
+      for (long s = 0; s < whole; s++) a[s * rows] = load<float>(x + 2 * s);
+      const uint32_t last = x[count - 1];
+      if (count % 2) a[whole * rows] = load<float>(&last);
+    }
+  }
+}
+
+template <class P, class W> int product(const Problem& p, const W& weight) {
+  const long panels = ceil_div(p.n, COLUMNS), tiles = ceil_div(p.m, ROWS), heights = ceil_div(tiles, PANEL_TILES);
+  const long tasks = panels * heights, threads = std::min<long>(p.threads, std::max(tasks, tiles));
+  const auto begin = [&](long tile) { return tile * p.m / tiles; };  // tiles differ by one row at most
+  const auto line = [](long floats) { return ceil_div(floats, LANES) * LANES; };
+  const long size_a = line(p.m * ceil_div(p.k, P::STEP)), size_sums = W::ZERO ? line(p.k / weight.group * p.m) : 0;
+  const long size_words = CHUNK / P::STEP * COLUMNS, size_scale = ceil_div(CHUNK, weight.group) * COLUMNS;
+  const long own = size_words + 2 * size_scale + std::min(p.m, PANEL_TILES * ROWS) * COLUMNS;
+  Workspace space(size_a + size_sums + threads * own);
+  if (!space.data) return 1;
+  float *a = space.data, *sums = a + size_a;
+  const auto at = [&](long tile, long k0, long k1) {  // packed x: [chunk, tile, step, row]
+    return a + k0 / P::STEP * p.m + begin(tile) * ceil_div(k1 - k0, P::STEP);
+  };
+#pragma omp parallel for num_threads(threads) if (p.m * p.k > 1 << 16)  // else not worth a barrier
+  for (long t = 0; t < tiles; t++)
+    for (long k0 = 0; k0 < p.k; k0 += CHUNK) {
+      const long k1 = std::min(k0 + CHUNK, p.k);
+      float* total = W::ZERO ? sums + k0 / weight.group * p.m : nullptr;
+      pack<P>(p, begin(t), begin(t + 1) - begin(t), k0, k1, at(t, k0, k1), weight.group, total);
+    }
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (long task = 0; task < tasks; task++) {
+    float *words = sums + size_sums + omp_get_thread_num() * own, *scale = words + size_words;
+    float *zero = scale + size_scale, *y = zero + size_scale;
+    const long panel = task / heights, j0 = panel * COLUMNS, columns = std::min(COLUMNS, p.n - j0);
+    const long first = task % heights * PANEL_TILES, last = std::min(first + PANEL_TILES, tiles);
+    const long top = begin(first), bottom = begin(last);
+    std::fill(y, y + (bottom - top) * COLUMNS, 0.f);
+    for (long r = 0; p.bias && r < bottom - top; r++) std::copy_n(p.bias + j0, columns, y + r * COLUMNS);
+    for (long k0 = 0; k0 < p.k; k0 += CHUNK) {
+      const long k1 = std::min(k0 + CHUNK, p.k), groups = ceil_div(k1 - k0, weight.group);
+      const long steps = ceil_div(std::min(k1 - k0, weight.group), P::STEP);
+      for (long g = 0; g < groups; g++)
+        weight.scales(panel, k0 + g * weight.group, scale + g * COLUMNS, zero + g * COLUMNS);
+      const auto multiply = [&](auto source) {
+        for (long t = first; t < last; t++) {
+          const long rows = begin(t + 1) - begin(t);
+          for (long g = 0; g < groups; g++)
+            TILES<P, W::ZERO, decltype(source)>[rows](
+                at(t, k0, k1) + g * steps * rows, source.from(g * steps), steps, scale + g * COLUMNS, zero + g * COLUMNS,
+                sums + (k0 / weight.group + g) * p.m + begin(t), y + (begin(t) - top) * COLUMNS);
+        }
+      };
+      if constexpr (W::ZERO)
+        if (tiles == 1) {  // read once: straight from the codes
+          multiply(weight.template direct<P>(panel, k0));
+          continue;
+        }
+      weight.template unpack<P>(panel, k0, k1, words);
+      multiply(Unpacked{words});
+    }
+    for (long r = top; r < bottom; r++) narrow(y + (r - top) * COLUMNS, columns, p.y, p.dtype, r * p.n + j0);
+  }
+  return 0;
+}
+
+// Few rows of x against int8: dot products along K, each weight read once
+template <int M> int dots(const Problem& p, const Int8& weight) {
+  constexpr long TOGETHER = 4;
+  const long line = ceil_div(p.k, LANES) * LANES;
+  Workspace space(M * line);
+  if (!space.data) return 1;
+  float* x = space.data;
+  for (long r = 0; r < M; r++) {
+    std::fill(x + (r + 1) * line - LANES, x + (r + 1) * line, 0.f);
+    widen(p.x, p.dtype, r * p.k, 1, p.k, x + r * line);
+  }
+#pragma omp parallel for schedule(dynamic) num_threads(p.threads)
+  for (long j0 = 0; j0 < p.n; j0 += COLUMNS) {
+    const long columns = std::min(COLUMNS, p.n - j0);
+    float y[M][COLUMNS + TOGETHER];
+    for (long j = 0; j < columns; j += TOGETHER) {
+      const int8_t* q[TOGETHER];
+      for (long i = 0; i < TOGETHER; i++) q[i] = weight.q + std::min(j0 + j + i, p.n - 1) * p.k;
+      f32x16 sum[TOGETHER][M] = {};
+      const auto step = [&](long k, const auto& at) {
+#pragma GCC unroll 4
+        for (long i = 0; i < TOGETHER; i++) {
+          __builtin_prefetch(q[i] + TOGETHER * p.k + k, 0, 2);
+          const f32x16 w = codes8(at(i));
+#pragma GCC unroll 4
+          for (long r = 0; r < M; r++) sum[i][r] += w * load<f32x16>(x + r * line + k);
+        }
+      };
+      const long whole = p.k / LANES * LANES;
+      for (long k = 0; k < whole; k += LANES) step(k, [&](long i) { return q[i] + k; });
+      if (whole < p.k) {
+        int8_t tail[TOGETHER][LANES] = {};
+        for (long i = 0; i < TOGETHER; i++) memcpy(tail[i], q[i] + whole, p.k - whole);
+        step(whole, [&](long i) { return tail[i]; });
+      }
+      for (long i = 0; i < TOGETHER; i++)
+        for (long r = 0; r < M; r++) {
+          const long n = std::min(j0 + j + i, p.n - 1);
+          y[r][j + i] = total(sum[i][r]) * weight.scale[n] + (p.bias ? p.bias[n] : 0);
+        }
+    }
+    for (long r = 0; r < M; r++) narrow(y[r], columns, p.y, p.dtype, r * p.n + j0);
+  }
+  return 0;
+}
+
+}  // namespace
+
+// Both return 0, or 1 where there is no memory left. Shapes and layouts: cpu_native.py
+extern "C" int int8_linear(const void* x, long dtype, long m, long n, long k, const int8_t* q, const float* scale,
+                           const float* bias, void* y, int threads) {
+  const Problem problem{x, dtype, m, n, k, bias, y, threads};
+  const Int8 weight{q, scale, n, k};
+  constexpr decltype(&dots<1>) DOTS[] = {nullptr, dots<1>, dots<2>, dots<3>, dots<4>};
+  if (m <= DOT_ROWS) return DOTS[m](problem, weight);
+#ifdef PAIRS
+  if (dtype == BF16) return product<Bf16>(problem, weight);
+#endif
+  return product<Fp32>(problem, weight);
+}
+
+extern "C" int int4_linear(const void* x, long dtype, long m, long n, long k, const uint8_t* q, const void* scale_zero,
+                           long scale_dtype, long group, const float* bias, void* y, int threads) {
+  const Problem problem{x, dtype, m, n, k, bias, y, threads};
+  const Int4 weight{q, scale_zero, scale_dtype, group, n, k};
+#ifdef PAIRS
+  if (dtype == BF16) return m > ROUNDED_ROWS ? product<Bf16>(problem, Rounded{weight}) : product<Bf16>(problem, weight);
+#endif
+  return product<Fp32>(problem, weight);
+}

@@ -1,0 +1,198 @@
+"""Weight-only int8 and int4 linear layers on the CPU, compiled at first use by the machine's own C++ compiler.
+
+The source is ``cpu_native.cpp``. Its build is kept under ``$AOGRAPH_CACHE`` (else ``~/.cache/aograph``), named by
+the source, the flags, the compiler and the processor, so that a folder shared by several machines serves each its
+own build. A machine without a compiler is no error: ``available()`` then says why, in one sentence.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+__all__ = ["available", "int8_linear", "int4_linear"]
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+GROUPS = (32, 64, 128, 256)
+PANEL = 64  # columns of an int4 panel
+TIMEOUT = 300  # seconds a compiler may take
+
+
+def available() -> bool | str:
+    """True where the kernels can run (compiling them if need be), else the reason in one sentence."""
+    library = _library()
+    return library if isinstance(library, str) else True
+
+
+def int8_linear(
+    x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``(x @ q.T) * scale + bias``, accumulated in fp32.
+
+    Args:
+        x: [M, K] in fp32, bf16 or fp16; any M and K.
+        q: int8 [N, K]; any N.
+        scale: [N] in fp32, bf16 or fp16.
+        bias: [N], or None.
+
+    Returns:
+        [M, N] in x's dtype. NaN and infinity in a row of x stay in that row.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, device or is not contiguous.
+        RuntimeError: the kernels are not available here.
+    """
+    _check(x, "x", (None, None), DTYPES)
+    m, k = x.shape
+    n = q.shape[0]
+    _check(q, "q", (n, k), (torch.int8,))
+    _check(scale, "scale", (n,), DTYPES)
+    y = x.new_empty(m, n)
+    return _run("int8_linear", x, y, k, bias, q.data_ptr(), (scale := scale.float()).data_ptr())
+
+
+def int4_linear(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    scale_zero: torch.Tensor,
+    group_size: int,
+    out_features: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x @ w.T + bias`` with ``w = (code - 8) * scale + zero``, accumulated in fp32.
+
+    Args:
+        x: [M, K] in fp32, bf16 or fp16; any M.
+        q: uint8 [ceil(N / 64), K, 32]: byte [b, k, j] holds column 64b + j in its low half and 64b + 32 + j in
+            its high half.
+        scale_zero: [K / group_size, ceil(N / 64) * 64, 2], the pairs (scale, zero) in fp32, bf16 or fp16.
+        group_size: 32, 64, 128 or 256, a divisor of K.
+        out_features: N.
+        bias: [N], or None.
+
+    Returns:
+        [M, N] in x's dtype. NaN and infinity in a row of x stay in that row; where x holds an infinity the row
+        may come out NaN, as the zeros meet the sums of x rather than each weight.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, device or is not contiguous, or the group is none of these.
+        RuntimeError: the kernels are not available here.
+    """
+    _check(x, "x", (None, None), DTYPES)
+    m, k = x.shape
+    if group_size not in GROUPS or k % group_size:
+        raise ValueError(f"group_size must be one of {GROUPS} and divide K = {k}, not {group_size}")
+    panels = -(-out_features // PANEL)
+    _check(q, "q", (panels, k, PANEL // 2), (torch.uint8,))
+    _check(scale_zero, "scale_zero", (k // group_size, panels * PANEL, 2), DTYPES)
+    weight = q.data_ptr(), scale_zero.data_ptr(), DTYPES[scale_zero.dtype], group_size
+    return _run("int4_linear", x, x.new_empty(m, out_features), k, bias, *weight)
+
+
+def _run(name: str, x: torch.Tensor, y: torch.Tensor, k: int, bias: torch.Tensor | None, *weight: int) -> torch.Tensor:
+    """Calls the kernel that fills y [M, N]; ``weight`` is what its signature names between k and bias."""
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    m, n = y.shape
+    if bias is not None:
+        _check(bias, "bias", (n,), DTYPES)
+        bias = bias.float()
+    if not y.numel() or not k:
+        return y.zero_() if bias is None else y.copy_(bias.expand(m, n))
+    pointer = None if bias is None else bias.data_ptr()
+    threads = torch.get_num_threads()
+    if getattr(library, name)(x.data_ptr(), DTYPES[x.dtype], m, n, k, *weight, pointer, y.data_ptr(), threads):
+        raise MemoryError(f"{name} found no memory for its workspace")
+    return y
+
+
+def _check(tensor: torch.Tensor, name: str, shape: tuple[int | None, ...], dtypes: object) -> None:
+    """Raises ValueError unless the tensor may be read through a raw pointer under these assumptions."""
+    fits = len(tensor.shape) == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
+    if not (fits and tensor.dtype in dtypes and tensor.is_contiguous() and tensor.device.type == "cpu"):
+        wanted = f"contiguous on the CPU, {list(shape)} in {[str(d) for d in dtypes]}"
+        found = f"{list(tensor.shape)} in {tensor.dtype} on {tensor.device}"
+        raise ValueError(f"{name} must be {wanted}; it is {found}")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The loaded kernels, or the reason why there are none."""
+    compiler = _compiler()
+    if isinstance(compiler, str):
+        return compiler
+    try:
+        version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=TIMEOUT, check=True).stdout
+        key = repr((SOURCE.read_bytes(), compiler, FLAGS, version, _processor())).encode()
+        name = f"cpu_native-{hashlib.sha256(key).hexdigest()[:16]}.so"
+        with contextlib.suppress(OSError):  # not writable, or mounted so that nothing there may be loaded
+            return _load(compiler, _cache() / name)
+        with tempfile.TemporaryDirectory(prefix="aograph-") as folder:  # a loaded library outlives its file
+            return _load(compiler, Path(folder) / name)
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines() if error.stderr else []
+        cause = next((line for line in said if "error" in line), said[0] if said else f"exit {error.returncode}")
+        return f"the C++ compiler {compiler[0]} failed: {cause}"
+    except subprocess.TimeoutExpired:
+        return f"the C++ compiler {compiler[0]} took over {TIMEOUT} s"
+    except OSError as error:
+        return f"the C++ kernels could not be built or loaded: {error}"
+
+
+def _compiler() -> list[str] | str:
+    """The command of ``$CXX``, else of g++ or clang++ on PATH, or the reason why there is none."""
+    if named := shlex.split(os.environ.get("CXX", "")):
+        return named if shutil.which(named[0]) else f"there is no C++ compiler: CXX names {named[0]}, not found"
+    found = shutil.which("g++") or shutil.which("clang++")
+    return [found] if found else "there is no C++ compiler: neither CXX nor g++ or clang++ on PATH"
+
+
+def _processor() -> list[str]:
+    """What ``-march=native`` looks at: the model and the instruction sets of this machine's processor."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().strip().split("\n\n")[0]
+    except OSError:
+        return [platform.machine(), platform.processor()]
+    marks = ("vendor", "model", "cpu family", "flags", "features", "cpu part", "cpu implementer", "isa")
+    return [line for line in first.splitlines() if line.lower().startswith(marks)]
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("AOGRAPH_CACHE") or Path.home() / ".cache" / "aograph")
+
+
+def _load(compiler: list[str], path: Path) -> ctypes.CDLL:
+    """Loads the build at ``path``, which is compiled where it is missing or broken."""
+    try:
+        return _declare(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    os.close(handle)
+    try:
+        command = [*compiler, *FLAGS, str(SOURCE), "-o", partial]
+        subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=True)
+        os.replace(partial, path)  # whole or absent, whatever other processes do
+    finally:
+        Path(partial).unlink(missing_ok=True)
+    return _declare(ctypes.CDLL(str(path)))
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number = ctypes.c_void_p, ctypes.c_long
+    head, tail = [pointer, *[number] * 4], [pointer, pointer, ctypes.c_int]
+    library.int8_linear.argtypes = [*head, pointer, pointer, *tail]
+    library.int4_linear.argtypes = [*head, pointer, pointer, number, number, *tail]
+    return library

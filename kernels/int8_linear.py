@@ -1,0 +1,74 @@
+"""int8_linear: y = x @ (q * scale).T + bias, with 8-bit weights and x in its own precision.
+
+x [..., K] float; q [N, K] int8 in [-127, 127]; scale [N], one for each output channel, in x's dtype; bias [N] in
+x's dtype, or None -> y [..., N] in x's dtype. Sums are kept at least as precisely as x's own linear keeps them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import cpu_native, linear, rounding
+from .linear import LinearOp
+from .op import Case
+
+ATEN_TOKENS = 12  # where, on a CPU with AVX-512, dequantizing and a bf16 matrix product overtake ATen's kernel
+
+int8_linear = LinearOp("int8_linear(Tensor x, Tensor q, Tensor scale, Tensor? bias=None) -> Tensor")
+int8_linear.fake(int8_linear.like)
+
+
+@int8_linear.case
+def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Case:
+    N, K = q.shape
+    expected = ("q", q, torch.int8, (N, K)), ("scale", scale, x.dtype, (N,)), ("bias", bias, x.dtype, (N,))
+    return int8_linear.fit(x, N, K, None, *expected)
+
+
+def pack(weight: Tensor, algorithm: str = "minmax") -> tuple[Tensor, Tensor]:
+    """weight [N, K] float -> q [N, K] int8 and scale [N] in the weight's dtype.
+
+    algorithm: a name in `rounding.ALGORITHMS`; ValueError for any other.
+    """
+    spec = rounding.Spec(bits=8, group_size=None, symmetric=True)
+    packed = rounding.algorithm(algorithm)(weight, spec)
+    return packed.q, packed.scale.squeeze(1)
+
+
+def unpack(q: Tensor, scale: Tensor) -> Tensor:
+    """The weight [N, K] that q and scale stand for, in the dtype of scale."""
+    return q * scale[:, None]
+
+
+@int8_linear.reference
+def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, unpack(q, scale), bias)
+
+
+@int8_linear.implementation("native", supports=linear.native)
+def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    return cpu_native.int8_linear(x, q, scale, bias)
+
+
+@int8_linear.implementation("aten", supports=lambda case: linear.aten(case, ATEN_TOKENS))
+def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = torch.ops.aten._weight_int8pack_mm(x, q, scale)
+    return y if bias is None else y.add_(bias)
+
+
+@int8_linear.implementation("triton", supports=linear.triton)
+def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    from . import triton_linear
+
+    return triton_linear.int8_linear(x, q, scale, bias)
+
+
+@int8_linear.implementation("dequantize", supports=lambda case: True)
+def dequantize(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    N = q.shape[0]
+    if linear.slow_half(x):
+        return linear.in_fp32(dequantize, x, q, scale, bias)
+    if x.dtype is torch.float16:  # sums of unscaled codes would overflow
+        return linear.matmul_by_blocks(x, N, lambda rows: unpack(q[rows], scale[rows]).T, bias)
+    y = linear.matmul_by_blocks(x, N, lambda rows: q[rows].to(x.dtype).T)  # the codes are exact in bf16
+    return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale, out=y)

@@ -1,0 +1,96 @@
+"""The Op: declaring one, choosing an implementation, and saying what was chosen."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from aograph.kernels.op import OPS, Case, Op, need
+
+CASE = Case("cpu", torch.float32, None, 8, 8)
+ASKED = []  # the cases that "narrow" was asked about
+
+
+def few(most):
+    def supports(case):
+        ASKED.append(case)
+        return need((case.M is not None, "M is unknown"), ((case.M or 0) <= most, f"M is over {most}"))
+
+    return supports
+
+
+@pytest.fixture(scope="module")
+def op():
+    """test_add: x + 1, by "narrow" up to 4 tokens, "middle" up to 20, "wide" on a device called other."""
+    op = Op("test_add(Tensor x, Tensor? y=None) -> Tensor")
+    op.reference(lambda x, y=None: x + 1)
+    op.fake(lambda x, y=None: torch.empty_like(x))
+    op.case(lambda x, y=None: replace(CASE, device=x.device.type, M=x.shape[0]))
+    op.implementation("narrow", supports=few(4))(lambda x, y=None: x + 1.25)
+    op.implementation("middle", supports=few(20))(lambda x, y=None: x + 1.5)
+    op.implementation("wide", supports=lambda case: case.device == "other" or "runs elsewhere")(torch.add)
+    yield op
+    del OPS["test_add"]
+
+
+def test_registered_under_its_name(op):
+    assert OPS["test_add"] is op and op.overload is torch.ops.aograph.test_add.default
+    assert str(op.overload._schema) == "aograph::test_add(Tensor x, Tensor? y=None) -> Tensor"
+    torch.library.opcheck(op.overload, (torch.ones(3),))
+
+
+def test_the_first_that_supports_the_arguments_runs(op):
+    results = [op(torch.zeros(M))[0].item() for M in (4, 5, 20, 21)]
+    assert results == [1.25, 1.5, 1.5, 1]
+    assert op.run(torch.zeros(2), implementation="reference")[0] == 1
+    with pytest.raises(
+        KeyError, match=r"test_add has no implementation 'fast'; it has \['narrow', 'middle', 'wide', 'ref"
+    ):
+        op.run(torch.zeros(2), implementation="fast")
+
+
+def test_the_choice_is_remembered_until_there_is_another(op):
+    case = replace(CASE, M=3)
+    op.choose(case)
+    asked = len(ASKED)
+    assert op.choose(replace(CASE, M=3)).name == "narrow" and len(ASKED) == asked
+    assert op.choose(CASE).name == "reference"
+    op.implementation("late", supports=lambda case: True)(torch.add)
+    try:
+        assert op.choose(CASE).name == "late"
+    finally:
+        op.implementations.pop()
+        op.choose.cache_clear()
+
+
+def test_plan(op):
+    everywhere = "narrow (M ≤ 4), middle (5 ≤ M ≤ 20), reference (M > 20)"
+    assert op.plan(CASE, 1, None) == op.plan(CASE, 0, 2000) == everywhere
+    assert op.plan(CASE, 5, 6) == op.plan(CASE, 20, 20) == "middle"
+    assert op.plan(CASE, 3, 5) == "narrow (M ≤ 4), middle (M > 4)"
+    assert op.plan(CASE, 17, 21) == "middle (M ≤ 20), reference (M > 20)"
+    assert op.plan(replace(CASE, device="other"), 1, None) == "narrow (M ≤ 4), middle (5 ≤ M ≤ 20), wide (M > 20)"
+
+
+def test_plan_sees_two_changes_between_powers_of_two():
+    op = Op("test_steps(Tensor x) -> Tensor")
+    op.reference(torch.clone)
+    for name, most in [("a", 33), ("b", 35), ("c", 60)]:
+        op.implementation(name, supports=few(most))(torch.clone)
+    assert op.plan(CASE, 1, 64) == "a (M ≤ 33), b (34 ≤ M ≤ 35), c (36 ≤ M ≤ 60), reference (M > 60)"
+    del OPS["test_steps"]
+
+
+def test_availability(op):
+    said = [("narrow", True), ("middle", True), ("wide", "runs elsewhere"), ("reference", True)]
+    assert op.availability("cpu") == said
+
+
+def test_a_later_version_is_another_op():
+    second = Op("test_add(Tensor x) -> Tensor", version=2)
+    assert second.overload is torch.ops.aograph.test_add_v2.default and OPS["test_add_v2"] is second
+    del OPS["test_add_v2"]
+
+
+def test_need():
+    assert need((True, "a"), (True, "b")) is True
+    assert need((True, "a"), (False, "b"), (False, "c")) == "b"

@@ -1,0 +1,142 @@
+"""Whole models: each product on a weight is a row of the report, and the rewritten graph computes what the model
+would compute on the dequantized weights."""
+
+import copy
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from aograph import optimize
+from aograph.kernels import int4_linear, int8_linear
+from aograph.program import get_attribute
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .counter import count_products
+from .zoo import MINI, MODELS, build, ids
+
+SMALL = Path(__file__).parents[3] / "shared" / "models" / "small"
+INT8, INT4 = "int8wo", "int4wo(group_size=32)"
+UNPACK = {
+    INT8: lambda packed, N: int8_linear.unpack(*packed),
+    INT4: lambda packed, N: int4_linear.unpack(*packed, 32, N),
+}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+both_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+both_recipes = pytest.mark.parametrize("recipe", [INT8, INT4])
+
+
+def owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def untie(model: nn.Module, aliases: dict[str, str]) -> dict[str, str]:
+    """Gives a linear that shares an embedding's table a weight of its own; by name of the table, that weight's name."""
+    untied = {}
+    for alias, name in aliases.items():
+        if isinstance(owner(model, name), nn.Embedding) and not isinstance(owner(model, alias), nn.Embedding):
+            weight = nn.Parameter(get_attribute(model, name).detach().clone())
+            setattr(owner(model, alias), alias.rpartition(".")[2], weight)
+            untied[name] = alias
+    return untied
+
+
+@torch.no_grad()
+def dequantized(model: nn.Module, optimized, recipe: str) -> nn.Module:
+    """A copy of the model in which every weight that was packed is what its packed form stands for."""
+    model = copy.deepcopy(model)
+    for _, captured, _ in optimized._captures.values():
+        untied = untie(model, captured.program.aliases)
+        for pack in captured.program.packs.values():
+            parts = pack.weight.args[0] if "cat" in str(pack.weight.target) else [pack.weight]
+            views = [part.evaluate(lambda name: get_attribute(model, untied.get(name, name))) for part in parts]
+            sizes = [len(view) for view in views]
+            weight = UNPACK[recipe](optimized._store.packed[pack.key], sum(sizes))
+            for view, values in zip(views, weight.split(sizes), strict=True):
+                assert view._is_view() or isinstance(view, nn.Parameter)
+                view.copy_(values)
+    return model
+
+
+def tensors(outputs) -> list[Tensor]:
+    """The tensors of an output, a cache's included."""
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+@functools.cache
+def optimized_zoo(name, recipe, device="cpu", dtype=torch.float32):
+    """(model, inputs, optimized) without compilation."""
+    model, inputs = on(*build(name), device, dtype)
+    return model, inputs, optimize(model, recipe, inputs, compile=False)
+
+
+def on(model, inputs, device, dtype):
+    inputs = tree_map_only(Tensor, lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), inputs)
+    return model.to(device, dtype), inputs
+
+
+@torch.no_grad()
+def check(model, inputs, optimized, recipe):
+    """Compares with the dequantized model, whose own rounding shows in fp32."""
+    reference = dequantized(model, optimized, recipe)
+    expected, actual, plain = (tensors(m(**inputs)) for m in (reference, optimized, model))
+    dtype = next(t.dtype for t in expected if t.is_floating_point())
+    reference, inputs = on(reference, inputs, actual[0].device, torch.float32)
+    exact = tensors(reference(**inputs))
+    assert len(actual) == len(expected)
+    for got, wanted, fp32 in zip(actual, expected, exact, strict=True):
+        assert got.dtype == wanted.dtype and got.shape == wanted.shape and got.device == wanted.device
+        rounding = (wanted - fp32).norm()
+        assert (got - wanted).float().norm() <= TOLERANCE[dtype] * wanted.float().norm() + 2 * rounding
+    assert any(not torch.equal(got, full) for got, full in zip(actual, plain, strict=True))  # it is quantized
+
+
+@pytest.fixture(autouse=True)
+def registered_caches():
+    """Cache objects are pytrees, so that `tensors` finds what is in them."""
+    pytest.importorskip("transformers")
+    from aograph.huggingface import register_pytrees
+
+    register_pytrees()
+
+
+@both_recipes
+@pytest.mark.parametrize("name", MODELS)
+def test_every_product_has_a_row(name, recipe):
+    model, inputs, optimized = optimized_zoo(name, recipe)
+    rows = optimized.report.rows
+    assert len(rows) == count_products(model, inputs)
+    assert all(row.outcome == "rewritten" or row.notes for row in rows)
+    assert sum(row.outcome == "rewritten" for row in rows) > len(rows) / 2
+
+
+@both_devices
+@both_recipes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_eager(name, recipe, dtype, device):
+    check(*optimized_zoo(name, recipe, device, dtype), recipe)
+
+
+@both_devices
+@pytest.mark.parametrize("name, recipe", [(name, (INT8, INT4)[i % 2]) for i, name in enumerate(MODELS)])
+def test_compiled(name, recipe, device, fresh_compiler):
+    model, inputs = on(*build(name), device, torch.float32)
+    check(model, inputs, optimize(model, recipe, inputs), recipe)
+
+
+@both_devices
+@pytest.mark.parametrize("folder, recipe", [(MINI, INT8), (SMALL, INT4)], ids=["mini", "small"])
+def test_pretrained(folder, recipe, device):
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"{folder.name} is not in {folder.parent}")
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device)
+    inputs = {"input_ids": ids(vocabulary=model.config.vocab_size).to(device), "use_cache": False}
+    optimized = optimize(model, recipe, inputs, compile=False)
+    check(model, inputs, optimized, recipe)
+    rows = optimized.report.rows
+    assert len(optimized.report.rewritten) == len(rows) == 7 * model.config.num_hidden_layers + 1
