@@ -147,7 +147,8 @@ def explain_failure(model: nn.Module, error: Exception) -> str:
 
 def as_bound(value_range: Any) -> Bound:
     low, high = value_range.lower, value_range.upper
-    return max(int(low), 0), int(high) if high.is_finite and high < 2**62 else None
+    lowest = max(int(low), 0) if low.is_finite else 0
+    return lowest, int(high) if high.is_finite and high < 2**62 else None
 
 
 # --- Dynamo ------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class Roofline:
 @functools.cache
 def roofline(device: str) -> Roofline:
     """The roofline of a device: known GPUs from a table, other GPUs from their clocks, a CPU by a short measurement."""
-    if device.startswith("cuda") and torch.cuda.is_available():
+    if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
         for key, rates in KNOWN.items():
             if key in properties.name:
@@ -75,8 +75,6 @@ def roofline(device: str) -> Roofline:
         bandwidth = 2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8
         cores = properties.multi_processor_count * properties.clock_rate * 1e3
         return Roofline(properties.name, bandwidth, cores * 1024, cores * 256)
-    if device.startswith("cuda"):
-        return Roofline("H200 (assumed, none here)", *KNOWN["H200"])
     return Roofline(f"this CPU ({torch.get_num_threads()} threads)", *measure_cpu())
 
 

@@ -167,7 +167,7 @@ def optimize(
     """
     check_model(model)
     parsed = Recipe.of(recipe)
-    target = torch.device(device) if device is not None else device_of(model)
+    target = resolve(device, model)
     optimized = OptimizedModule(
         model, parsed, device=target, dynamic_shapes=dynamic_shapes, hand_over=hand_over, compile=compile,
         compile_options=compile_options or {}, strict=strict, disable=disable, dump=dump, max_captures=max_captures,
@@ -195,7 +195,7 @@ def explain(
     check_model(model)
     if example_inputs is None:
         raise InputError("explain needs example_inputs to capture the model with")
-    target = torch.device(device) if device is not None else device_of(model)
+    target = resolve(device, model)
     _, report = rewrite(model, Recipe.of(recipe), *call_of(example_inputs), dynamic_shapes, target, disable=disable)
     return report
 
@@ -246,6 +246,21 @@ def call_of(example_inputs: Any) -> tuple[tuple, dict]:
         f"example_inputs is a {type(example_inputs).__name__}: give a tensor, a tuple of positional inputs, a dict of "
         "keyword inputs, or (tuple, dict)"
     )
+
+
+def resolve(device: torch.device | str | None, model: nn.Module) -> torch.device:
+    """The device that the caller means, a GPU with its index."""
+    if device is None:
+        return device_of(model)
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is none that torch knows: {error}") from None
+    if found.type != "cuda":
+        return found
+    if not torch.cuda.is_available():
+        raise InputError(f"device {device!r} was asked for, but torch sees no CUDA device here")
+    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -47,7 +47,7 @@ class Site:
 
     @property
     def M(self) -> sympy.Expr:
-        return sympy.prod([expression(s) for s in self.x.meta["val"].shape[:-1]])
+        return sympy.Mul(*(expression(s) for s in self.x.meta["val"].shape[:-1]))
 
     @property
     def N(self) -> int:
@@ -105,36 +105,41 @@ class Program:
         return int(size.subs({s: low for s, (low, _) in ranges.items()})), None if high is None else int(high)
 
     def text(self) -> str:
-        """The graph as canonical text.
+        """The graph as text, a line for each node in the order of the graph, under the names of the nodes."""
+        names = {node: node.name for node in self.graph.nodes}
+        return "\n".join(line(node, names) for node in names)
 
-        Nodes come in the order in which the outputs need them and are numbered, inputs too: two graphs that compute
-        the same from the same inputs print the same, whatever the order and the names of their nodes.
+    def canonical(self) -> str:
+        """The graph as text that is the same for all graphs that compute the same from the same inputs.
+
+        Nodes come in the order in which the outputs need them and are numbered, inputs too, whatever their order and
+        their names are in this graph.
         """
         numbers: dict[Node, str] = {}
-        lines: list[str] = []
-
-        def show(value: Any) -> str:
-            if isinstance(value, (list, tuple)):
-                return f"[{', '.join(map(show, value))}]"
-            return numbers[value] if isinstance(value, Node) else str(value)
-
-        writes = [n for n in self.graph.nodes if mutates(n)]
-        stack = [self.graph.output_node(), *reversed(writes)]
+        stack = [self.graph.output_node(), *(n for n in reversed(self.graph.nodes) if mutates(n))]
         while stack:
             node = stack.pop()
-            if node in numbers:
-                continue
-            if waiting := [n for n in node.all_input_nodes if n not in numbers]:
+            waiting = [n for n in node.all_input_nodes if n not in numbers]
+            if waiting:
                 stack += [node, *reversed(waiting)]
-                continue
-            numbers[node] = f"%{len(numbers)}"
-            if node.op == "output":
-                lines.append(f"return {show(node.args[0])}")
-                continue
-            call = {"get_attr": f"weight {node.target}", "placeholder": "input"}.get(node.op)
-            call = call or f"{name_of(node.target)}({', '.join(map(show, arguments(node)))})"
-            lines.append(f"{numbers[node]} = {call} : {describe(node.meta.get('val'))}")
-        return "\n".join(lines)
+            elif node not in numbers:
+                numbers[node] = str(len(numbers))
+        return "\n".join(line(node, numbers) for node in numbers)
+
+
+def line(node: Node, names: dict[Node, str]) -> str:
+    """One node as text."""
+
+    def show(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(show, value))}]"
+        return f"%{names[value]}" if isinstance(value, Node) else str(value)
+
+    if node.op == "output":
+        return f"return {show(node.args[0])}"
+    call = {"get_attr": f"weight {node.target}", "placeholder": "input"}.get(node.op)
+    call = call or f"{name_of(node.target)}({', '.join(map(show, arguments(node)))})"
+    return f"%{names[node]} = {call} : {describe(node.meta.get('val'))}"
 
 
 def name_of(target: Any) -> str:

@@ -26,7 +26,7 @@ def measure(recipe: str, source: str, hand_over: bool, layers: int) -> list:
     model = llama_8b("cuda", layers).to(source)
     gc.collect()
     torch.cuda.empty_cache()
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
     original = sum(p.nbytes for p in model.parameters())
     ids = torch.zeros(1, 16, dtype=torch.int64, device=source)
     captured, _ = rewrite(model, Recipe.of(recipe), (ids,), {"use_cache": False}, None, device)

@@ -1,15 +1,17 @@
-// Weight-only int8 and int4 linear layers on the CPU: y = x @ w.T + bias, accumulated in fp32.
+// Weight-only int8 and int4 linear layers on the CPU: y = x @ w.T + bias, summed in fp32.
 //
-// A task is one panel of 64 output columns by up to PANEL_TILES tiles of rows of x. It walks K in chunks: the
-// panel's codes of a chunk become 32-bit words [steps, 64] that stay in the near caches, and every tile of up to
-// ROWS rows multiplies them in registers. A word is one fp32 value (Fp32), or a pair of bf16 neighbours along K
-// (Bf16: codes are exact in bf16, so only x's own precision counts). Scales enter in fp32, once per chunk. K is
-// always summed in the same order, whatever the number of threads.
+// A task is a panel of 64 columns of y by up to PANEL_TILES tiles of up to ROWS rows. It goes along K in chunks: the
+// panel's codes become 32-bit words [step, 64] that the near caches hold, and every tile multiplies them in registers.
+// A word is one fp32 value (Fp32) or two bf16 neighbours along K (Bf16). Codes are exact in bf16, and scales enter in
+// fp32, once per group or chunk; only int4 under many rows of bf16 is first rounded to bf16 weights (Rounded). What
+// is summed in which order depends on the shapes alone, not on the threads.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <new>
 #include <omp.h>
+#include <thread>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define WIDE 1
@@ -52,25 +54,36 @@ template <class V> void store(void* p, const V& v) { memcpy(p, &v, sizeof v); }
 
 struct bf16 {
   uint16_t bits;
-  bf16() = default;
-  explicit bf16(float value) {  // round to nearest even
-    const uint32_t wide = load<uint32_t>(&value);
-    bits = value != value ? 0x7fc0 : uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
-  }
-  operator float() const {
-    const uint32_t wide = uint32_t(bits) << 16;
-    return load<float>(&wide);
-  }
 };
 
-template <class F> void with_type(long dtype, F f) { dtype == FP32 ? f(float()) : dtype == BF16 ? f(bf16()) : f(half()); }
+float wide(float value) { return value; }
+float wide(half value) { return value; }
+float wide(bf16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  return load<float>(&bits);
+}
 
-// dst[i] = src[first + i * stride], widened to fp32
-void widen(const void* src, long dtype, long first, long stride, long count, float* dst) {
+void round_to(float& out, float value) { out = value; }
+void round_to(half& out, float value) { out = half(value); }
+void round_to(bf16& out, float value) {  // to nearest even
+  const uint32_t bits = load<uint32_t>(&value), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  out.bits = value != value ? 0x7fc0 : rounded;
+}
+
+template <class F> void with_type(long dtype, F f) {
+  dtype == FP32 ? f(float()) : dtype == BF16 ? f(bf16()) : f(half());
+}
+
+// dst[i] = src[first + i], widened to fp32
+void widen(const void* src, long dtype, long first, long count, float* dst) {
   with_type(dtype, [=](auto type) {
     auto* p = static_cast<const decltype(type)*>(src) + first;
+    long i = 0;
+#ifdef WIDE  // compilers leave fp16 scalar
+    for (; dtype == FP16 && i + LANES <= count; i += LANES) store(dst + i, _mm512_cvtph_ps(load<__m256i>(p + i)));
+#endif
 #pragma omp simd
-    for (long i = 0; i < count; i++) dst[i] = float(p[i * stride]);
+    for (long j = i; j < count; j++) dst[j] = wide(p[j]);
   });
 }
 
@@ -78,8 +91,12 @@ void widen(const void* src, long dtype, long first, long stride, long count, flo
 void narrow(const float* src, long count, void* dst, long dtype, long first) {
   with_type(dtype, [=](auto type) {
     auto* p = static_cast<decltype(type)*>(dst) + first;
+    long i = 0;
+#ifdef WIDE
+    for (; dtype == FP16 && i + LANES <= count; i += LANES) store(p + i, _mm512_cvtps_ph(load<__m512>(src + i), 0));
+#endif
 #pragma omp simd
-    for (long i = 0; i < count; i++) p[i] = decltype(type)(src[i]);
+    for (long j = i; j < count; j++) round_to(p[j], src[j]);
   });
 }
 
@@ -231,8 +248,9 @@ struct Int4 {
 
   void scales(long panel, long k0, float* scale, float* zero) const {
     const long first = (k0 / group * ceil_div(n, COLUMNS) + panel) * COLUMNS * 2;
-    widen(scale_zero, dtype, first, 2, COLUMNS, scale);
-    widen(scale_zero, dtype, first + 1, 2, COLUMNS, zero);
+    float pairs[COLUMNS][2];
+    widen(scale_zero, dtype, first, 2 * COLUMNS, pairs[0]);
+    for (long j = 0; j < COLUMNS; j++) scale[j] = pairs[j][0], zero[j] = pairs[j][1];
   }
   template <class P> Nibbles<P> direct(long panel, long k0) const { return {q + (panel * k + k0) * 32}; }
 
@@ -340,7 +358,7 @@ void pack(const Problem& p, long first, long rows, long k0, long k1, float* a, l
   const long count = k1 - k0, whole = count / P::STEP;
   for (long r = first; r < first + rows; r++, a++) {
     float line[CHUNK];
-    if (P::STEP == 1 || sums) widen(p.x, p.dtype, r * p.k + k0, 1, count, line);
+    if (P::STEP == 1 || sums) widen(p.x, p.dtype, r * p.k + k0, count, line);
     for (long g = 0; sums && g < count / group; g++) {
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -372,45 +390,57 @@ template <class P, class W> int product(const Problem& p, const W& weight) {
   const auto at = [&](long tile, long k0, long k1) {  // packed x: [chunk, tile, step, row]
     return a + k0 / P::STEP * p.m + begin(tile) * ceil_div(k1 - k0, P::STEP);
   };
-#pragma omp parallel for num_threads(threads) if (p.m * p.k > 1 << 16)  // else not worth a barrier
-  for (long t = 0; t < tiles; t++)
-    for (long k0 = 0; k0 < p.k; k0 += CHUNK) {
-      const long k1 = std::min(k0 + CHUNK, p.k);
-      float* total = W::ZERO ? sums + k0 / weight.group * p.m : nullptr;
-      pack<P>(p, begin(t), begin(t + 1) - begin(t), k0, k1, at(t, k0, k1), weight.group, total);
+  std::atomic<long> packed{0};  // in place of a barrier, which would wait for threads that have yet to be scheduled
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(dynamic) nowait
+    for (long t = 0; t < tiles; t++) {
+      for (long k0 = 0; k0 < p.k; k0 += CHUNK) {
+        const long k1 = std::min(k0 + CHUNK, p.k);
+        float* total = W::ZERO ? sums + k0 / weight.group * p.m : nullptr;
+        pack<P>(p, begin(t), begin(t + 1) - begin(t), k0, k1, at(t, k0, k1), weight.group, total);
+      }
+      packed++;
     }
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (long task = 0; task < tasks; task++) {
-    float *words = sums + size_sums + omp_get_thread_num() * own, *scale = words + size_words;
-    float *zero = scale + size_scale, *y = zero + size_scale;
-    const long panel = task / heights, j0 = panel * COLUMNS, columns = std::min(COLUMNS, p.n - j0);
-    const long first = task % heights * PANEL_TILES, last = std::min(first + PANEL_TILES, tiles);
-    const long top = begin(first), bottom = begin(last);
-    std::fill(y, y + (bottom - top) * COLUMNS, 0.f);
-    for (long r = 0; p.bias && r < bottom - top; r++) std::copy_n(p.bias + j0, columns, y + r * COLUMNS);
-    for (long k0 = 0; k0 < p.k; k0 += CHUNK) {
-      const long k1 = std::min(k0 + CHUNK, p.k), groups = ceil_div(k1 - k0, weight.group);
-      const long steps = ceil_div(std::min(k1 - k0, weight.group), P::STEP);
-      for (long g = 0; g < groups; g++)
-        weight.scales(panel, k0 + g * weight.group, scale + g * COLUMNS, zero + g * COLUMNS);
-      const auto multiply = [&](auto source) {
-        for (long t = first; t < last; t++) {
-          const long rows = begin(t + 1) - begin(t);
-          for (long g = 0; g < groups; g++)
-            TILES<P, W::ZERO, decltype(source)>[rows](
-                at(t, k0, k1) + g * steps * rows, source.from(g * steps), steps, scale + g * COLUMNS, zero + g * COLUMNS,
-                sums + (k0 / weight.group + g) * p.m + begin(t), y + (begin(t) - top) * COLUMNS);
-        }
-      };
-      if constexpr (W::ZERO)
-        if (tiles == 1) {  // read once: straight from the codes
-          multiply(weight.template direct<P>(panel, k0));
-          continue;
-        }
-      weight.template unpack<P>(panel, k0, k1, words);
-      multiply(Unpacked{words});
+    while (packed < tiles) std::this_thread::yield();
+#pragma omp for schedule(dynamic) nowait
+    for (long task = 0; task < tasks; task++) {
+      float *words = sums + size_sums + omp_get_thread_num() * own, *scale = words + size_words;
+      float *zero = scale + size_scale, *y = zero + size_scale;
+      const long panel = task / heights, j0 = panel * COLUMNS, columns = std::min(COLUMNS, p.n - j0);
+      const long first = task % heights * PANEL_TILES, last = std::min(first + PANEL_TILES, tiles);
+      const long top = begin(first), bottom = begin(last);
+      std::fill(y, y + (bottom - top) * COLUMNS, 0.f);
+      for (long r = 0; p.bias && r < bottom - top; r++) std::copy_n(p.bias + j0, columns, y + r * COLUMNS);
+      for (long k0 = 0; k0 < p.k; k0 += CHUNK) {
+        const long k1 = std::min(k0 + CHUNK, p.k), groups = ceil_div(k1 - k0, weight.group);
+        const long steps = ceil_div(std::min(k1 - k0, weight.group), P::STEP);
+        for (long g = 0; g < groups; g++)
+          weight.scales(panel, k0 + g * weight.group, scale + g * COLUMNS, zero + g * COLUMNS);
+        const auto multiply = [&](auto source) {
+          for (long t = first; t < last; t++) {
+            const long rows = begin(t + 1) - begin(t);
+            for (long g = 0; g < groups; g++)
+              TILES<P, W::ZERO, decltype(source)>[rows](
+                  at(t, k0, k1) + g * steps * rows, source.from(g * steps), steps, scale + g * COLUMNS,
+                  zero + g * COLUMNS, sums + (k0 / weight.group + g) * p.m + begin(t), y + (begin(t) - top) * COLUMNS);
+          }
+        };
+        if constexpr (W::ZERO)
+          if (tiles == 1) {  // read once: straight from the codes
+            multiply(weight.template direct<P>(panel, k0));
+            continue;
+          }
+        weight.template unpack<P>(panel, k0, k1, words);
+        multiply(Unpacked{words});
+      }
+      const long bytes = p.dtype == FP32 ? 4 : 2;
+      for (long r = top; r < bottom; r++) {
+        const char* ahead = static_cast<char*>(p.y) + ((r + 16) * p.n + j0) * bytes;  // rows of y lie far apart
+        for (long i = 0; i < columns * bytes; i += 64) __builtin_prefetch(ahead + i, 1);
+        narrow(y + (r - top) * COLUMNS, columns, p.y, p.dtype, r * p.n + j0);
+      }
     }
-    for (long r = top; r < bottom; r++) narrow(y + (r - top) * COLUMNS, columns, p.y, p.dtype, r * p.n + j0);
   }
   return 0;
 }
@@ -424,7 +454,7 @@ template <int M> int dots(const Problem& p, const Int8& weight) {
   float* x = space.data;
   for (long r = 0; r < M; r++) {
     std::fill(x + (r + 1) * line - LANES, x + (r + 1) * line, 0.f);
-    widen(p.x, p.dtype, r * p.k, 1, p.k, x + r * line);
+    widen(p.x, p.dtype, r * p.k, p.k, x + r * line);
   }
 #pragma omp parallel for schedule(dynamic) num_threads(p.threads)
   for (long j0 = 0; j0 < p.n; j0 += COLUMNS) {

@@ -72,6 +72,8 @@ def int4_linear(
 ) -> torch.Tensor:
     """``x @ w.T + bias`` with ``w = (code - 8) * scale + zero``, accumulated in fp32.
 
+    Under more than 32 rows of bf16 x, where the processor multiplies bf16, w is first rounded to bf16.
+
     Args:
         x: [M, K] in fp32, bf16 or fp16; any M.
         q: uint8 [ceil(N / 64), K, 32]: byte [b, k, j] holds column 64b + j in its low half and 64b + 32 + j in

@@ -110,7 +110,7 @@ def swap(
 
     before, after = nbytes(like), sum(map(nbytes, fakes))
     device = like.device
-    case = Case(device.type, x.meta["val"].dtype, None, site.N, site.K, group_size, capability_of(device))
+    case = Case(device.type, x.meta["val"].dtype, None, site.N, site.K, group_size, capability(device))
     for row in site.rows:
         row.outcome, row.scheme = REWRITTEN, str(site.scheme)
         row.kernel = op.plan(case, *row.shape.bounds)
@@ -118,13 +118,6 @@ def swap(
     inherit(site.node, old)
     old.replace_all_uses_with(site.node)
     program.graph.erase_node(old)
-
-
-def capability_of(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of a CUDA device; that of Hopper where the graph is for a GPU that is not here."""
-    if device.type != "cuda":
-        return None
-    return capability(device) if torch.cuda.is_available() else (9, 0)
 
 
 def constant_names(program: Program, leaves: list[str], fields: list[str]) -> tuple[str, ...]:

@@ -20,10 +20,11 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any as Value
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 
 __all__ = [
@@ -200,19 +201,23 @@ class P:
         for guard in self.where:
             if (answer := guard(found)) is not True:
                 return answer or "a guard of the pattern said no"
+            found.progress += 1
         return found.bind(self.name, value)
 
 
 def fit(pattern: Value, value: Value, found: Match) -> str | None:
     """None if `value` fits `pattern` (binding into `found`), else the reason why not."""
     if hasattr(pattern, "fit"):
-        return pattern.fit(value, found)
-    if isinstance(pattern, (list, tuple)) and isinstance(value, (list, tuple)):
+        reason = pattern.fit(value, found)
+    elif isinstance(pattern, (list, tuple)) and isinstance(value, (list, tuple)):
         if len(pattern) != len(value):
             return f"{value} has {len(value)} entries where {len(pattern)} are needed"
-        return next((r for p, v in zip(pattern, value, strict=True) if (r := fit(p, v, found))), None)
-    same = type(pattern) is type(value) or {type(pattern), type(value)} <= {int, float}
-    return None if same and pattern == value else f"argument {value} where {pattern} is needed"
+        reason = next((r for p, v in zip(pattern, value, strict=True) if (r := fit(p, v, found))), None)
+    else:
+        same = type(pattern) is type(value) or {type(pattern), type(value)} <= {int, float}
+        reason = None if same and pattern == value else f"argument {value} where {pattern} is needed"
+    found.progress += reason is None
+    return reason
 
 
 class Match:
@@ -221,6 +226,7 @@ class Match:
     def __init__(self, root: Node):
         self.root = root
         self.bindings: dict[str, Value] = {}
+        self.progress = 0  # parts of the pattern that fitted
 
     def bind(self, name: str | None, value: Value) -> str | None:
         if name is not None and self.bindings.setdefault(name, value) is not value:
@@ -236,16 +242,17 @@ class Match:
 
 @dataclass(frozen=True)
 class Miss:
-    """A pattern that did not fit, and why."""
+    """A pattern that did not fit, why, and how many of its parts did."""
 
     reason: str
+    progress: int = field(default=0, compare=False)
 
 
 def match(pattern: P, node: Node) -> Match | Miss:
     """Fits `pattern` to `node`; linear in the size of the pattern."""
     found = Match(node)
     reason = pattern.fit(node, found)
-    return found if reason is None else Miss(reason)
+    return found if reason is None else Miss(reason, found.progress)
 
 
 # --- rewriting ---------------------------------------------------------------------------------------------
@@ -273,7 +280,8 @@ def inherit(new: Node, old: Node) -> Node:
 def propagate(node: Node) -> Value:
     """The fake value of a call, computed from its inputs' `meta["val"]`."""
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with fake_mode(node.graph), torch.no_grad():
+    # The Python dispatcher decomposes composite operators (linear) where torch's own C++ has no symbolic sizes.
+    with fake_mode(node.graph), enable_python_dispatcher(), torch.no_grad():
         return node.target(*args, **kwargs)
 
 
@@ -292,8 +300,11 @@ class Rule:
 
 
 def rewrite(graph: Graph, rules: Iterable[Rule]) -> tuple[dict[str, int], dict[Node, str]]:
-    """Applies `rules` to every node, the first that fits winning; returns the number of hits by rule, and for
-    each node whose operator some rule names but no rule fitted, the reason of the nearest miss (the last rule)."""
+    """Applies `rules` to every node, the first that fits winning.
+
+    Returns the number of hits by rule, and, for each node of whose operator there are rules but none that fits, the
+    reason of the nearest miss: that of the rule of which most parts fitted.
+    """
     by_target: dict[Value, list[Rule]] = defaultdict(list)
     for rule in rules:
         by_target[rule.pattern.target].append(rule)
@@ -301,15 +312,17 @@ def rewrite(graph: Graph, rules: Iterable[Rule]) -> tuple[dict[str, int], dict[N
     misses: dict[Node, str] = {}
     for node in list(graph.nodes):
         candidates = by_target.get(node.target, []) + by_target.get(packet(node.target), [])
+        nearest: Miss | None = None
         for rule in candidates if node.op == "call_function" else ():
             found = match(rule.pattern, node)
             if isinstance(found, Miss):
-                misses[node] = found.reason
+                nearest = found if nearest is None or found.progress > nearest.progress else nearest
                 continue
-            misses.pop(node, None)
-            new = rule.replace(found, Builder(node))
-            node.replace_all_uses_with(new)
+            node.replace_all_uses_with(rule.replace(found, Builder(node)))
             graph.erase_node(node)
             hits[rule.name] += 1
             break
+        else:
+            if nearest is not None:
+                misses[node] = nearest.reason
     return dict(hits), misses

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from aograph import optimize
 from aograph.kernels import int4_linear, int8_linear
-from aograph.program import get_attribute
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from aograph import optimize
+from aograph.program import get_attribute
 
 from .counter import count_products
 from .zoo import MINI, MODELS, build, ids
@@ -43,15 +44,20 @@ def untie(model: nn.Module, aliases: dict[str, str]) -> dict[str, str]:
     return untied
 
 
+def parameters_of(program) -> set[str]:
+    return {name for pack in program.packs.values() for name in pack.weight.leaves}
+
+
 @torch.no_grad()
 def dequantized(model: nn.Module, optimized, recipe: str) -> nn.Module:
     """A copy of the model in which every weight that was packed is what its packed form stands for."""
     model = copy.deepcopy(model)
     for _, captured, _ in optimized._captures.values():
         untied = untie(model, captured.program.aliases)
+        original = {name: get_attribute(model, untied.get(name, name)) for name in parameters_of(captured.program)}
         for pack in captured.program.packs.values():
             parts = pack.weight.args[0] if "cat" in str(pack.weight.target) else [pack.weight]
-            views = [part.evaluate(lambda name: get_attribute(model, untied.get(name, name))) for part in parts]
+            views = [part.evaluate(original.__getitem__) for part in parts]
             sizes = [len(view) for view in views]
             weight = UNPACK[recipe](optimized._store.packed[pack.key], sum(sizes))
             for view, values in zip(views, weight.split(sizes), strict=True):
