@@ -147,8 +147,7 @@ def explain_failure(model: nn.Module, error: Exception) -> str:
 
 def as_bound(value_range: Any) -> Bound:
     low, high = value_range.lower, value_range.upper
-    lowest = max(int(low), 0) if low.is_finite else 0
-    return lowest, int(high) if high.is_finite and high < 2**62 else None
+    return int(low) if low > 0 else 0, int(high) if high < 2**62 else None
 
 
 # --- Dynamo ------------------------------------------------------------------------------------------------

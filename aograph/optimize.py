@@ -50,6 +50,7 @@ class OptimizedModule(nn.Module):
         self.recipe, self.device, self.dynamic_shapes = recipe, device, dynamic_shapes
         self.report: Report | None = None
         self._model = [model]  # in a list: not a submodule
+        self._moved = device_of(model) != device
         self._store = WeightStore(model, device, hand_over)
         self._compile_options = {"fullgraph": True, **compile_options} if compile else None
         self._strict, self._disable, self._dump, self._progress = strict, disable, dump, progress
@@ -75,7 +76,7 @@ class OptimizedModule(nn.Module):
         self, args: tuple, kwargs: dict, flat: Sequence[Any], spec: pytree.TreeSpec
     ) -> tuple[Capture, Callable]:
         with self._lock:
-            mine, reason = kinds(flat, spec), None
+            mine, reason = self._kinds(flat, spec), None
             for key, (known, captured, run) in reversed(self._captures.items()):
                 if known == mine:
                     reason = captured.accepts(flat)
@@ -85,6 +86,17 @@ class OptimizedModule(nn.Module):
             if self.dynamic_shapes is not None and reason is not None:
                 raise InputError(f"the inputs do not fit the dynamic_shapes that were given: {reason}")
             return self.add_capture(args, kwargs)
+
+    def _kinds(self, flat: Sequence[Any], spec: pytree.TreeSpec) -> tuple:
+        """What must be equal for a call to use a capture: structure, dtypes, devices, ranks, plain values.
+
+        Where the program was moved to another device than the model's, so were its example inputs.
+        """
+        leaves = [
+            (v.dtype, self.device if self._moved else v.device, v.ndim) if isinstance(v, Tensor) else (type(v), v)
+            for v in flat
+        ]
+        return spec, tuple(leaves)
 
     def add_capture(self, args: tuple, kwargs: dict) -> tuple[Capture, Callable]:
         """Captures the model for these inputs, rewrites the graph, packs what is not packed yet."""
@@ -100,7 +112,7 @@ class OptimizedModule(nn.Module):
         if self._compile_options is not None:
             run = torch.compile(run, **self._compile_options)
         self.report = self.report or report
-        self._captures[self._count] = kinds(flat, spec), captured, run
+        self._captures[self._count] = self._kinds(flat, spec), captured, run
         self._count += 1
         if len(self._captures) > self._max_captures:
             self._captures.popitem(last=False)
@@ -215,20 +227,14 @@ def rewrite(
     source = device_of(model)
     if any(p.is_meta for p in model.parameters()) and source.type != "meta":  # partly handed over
         model, source = on_meta(model), torch.device("meta")
-    if source.type == "meta":
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+    if source != device:  # inputs come as the optimized module takes them
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(source), (args, kwargs))
     captured = capture(model, args, kwargs, dynamic_shapes)
     if source != device and device.type != "meta":
         retarget(captured.program, source, device)
     report = pipeline.run(captured.program, recipe, disable=disable, dump=dump)
     report.roofline = roofline(str(device))
     return captured, report
-
-
-def kinds(flat: Sequence[Any], spec: pytree.TreeSpec) -> tuple:
-    """What must be equal for a call to be able to use a capture: structure, dtypes, devices, plain values."""
-    leaves = [(v.dtype, v.device, v.ndim) if isinstance(v, Tensor) else (type(v), v) for v in flat]
-    return spec, tuple(leaves)
 
 
 def call_of(example_inputs: Any) -> tuple[tuple, dict]:

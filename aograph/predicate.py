@@ -62,11 +62,18 @@ def holds(text: str, shape: Shape) -> bool | None:
         if not isinstance(node, ast.BinOp):
             raise RecipeError(f"{ast.unparse(node)!r} in {text!r} is no number")
         left, right, function = span(node.left), span(node.right), ARITHMETIC[type(node.op)]
+        if isinstance(node.op, (ast.Mod, ast.FloorDiv)) and right[0] <= 0 <= right[1]:
+            raise RecipeError(f"{ast.unparse(node)!r} in {text!r} divides by zero")
         if left[0] == left[1] and right[0] == right[1]:
             return (function(left[0], right[0]),) * 2
-        if isinstance(node.op, (ast.Mod, ast.FloorDiv)):
-            return 0, INFINITY
-        ends = [function(a, b) for a in left for b in right]
+        if isinstance(node.op, ast.Mod):
+            return (0, right[0] - 1) if right[0] == right[1] > 0 else (-INFINITY, INFINITY)
+        if isinstance(node.op, ast.FloorDiv) and INFINITY in map(abs, right):
+            return -INFINITY, INFINITY
+        if isinstance(node.op, ast.FloorDiv):
+            ends = [a // b if abs(a) < INFINITY else a / b for a in left for b in right]
+        else:
+            ends = [function(a, b) for a in left for b in right]
         ends = [0 if e != e else e for e in ends]  # 0 × ∞
         return min(ends), max(ends)
 

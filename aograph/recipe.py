@@ -156,7 +156,7 @@ class Recipe:
             table = {k: getattr(rule, k) for k in SELECTORS if getattr(rule, k) is not None}
             table |= {"optional": True} if rule.optional else {}
             table |= {"scheme": rule.scheme.preset, **rule.scheme.settings(changed_only=False)}
-            lines += ["[[rule]]", *(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in table.items()), ""]
+            lines += ["[[rule]]", *(f"{k} = {quoted(v)}" for k, v in table.items()), ""]
         return "\n".join(lines)
 
     def decide(self, candidate: Candidate) -> tuple[int, Rule] | None:
@@ -202,7 +202,16 @@ def parse_part(text: str) -> Rule:
     return rule_from(table, repr(text.strip()))
 
 
+def quoted(value: Any) -> str:
+    """A string, number or boolean as TOML writes it: as JSON, but for one control character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def rule_from(table: dict[str, Any], where: str) -> Rule:
+    for key, value in table.items():
+        kind = {"optional": bool}.get(key, str if key in ("scheme", *SELECTORS) else (str, int, float, bool))
+        if not isinstance(value, kind):
+            raise RecipeError(f"{where}: {key} = {value!r} is a {type(value).__name__}, which it cannot be")
     preset = table.pop("scheme", None)
     if preset not in PRESETS:
         raise RecipeError(f"{where}: unknown scheme {preset!r}; {nearest(preset, PRESETS)}")

@@ -51,9 +51,9 @@ def verify_call(node: Node) -> None:
         x = node.all_input_nodes[0].meta["val"]
         if x.dtype not in HALF_OR_FLOAT or node.target._schema.name.removeprefix("aograph::") not in OPS:
             raise PassError(f"{node.format_node()}: {node.target} does not take {describe(x)}")
-    inputs = tuple(n.meta.get("val") for n in node.all_input_nodes)
+    values = tuple(n.meta.get("val") for n in (node, *node.all_input_nodes))
     seen = node.meta.get("verified")
-    if seen is not None and seen[0] == (node.target, node.args, node.kwargs) and same_objects(seen[1], inputs):
+    if seen is not None and seen[0] == (node.target, node.args, node.kwargs) and same_objects(seen[1], values):
         return
     if "val" not in node.meta:
         raise PassError(f"{node.format_node()} has no meta['val']")
@@ -65,7 +65,7 @@ def verify_call(node: Node) -> None:
         if not agree(node.meta["val"], fresh):
             said = describe(node.meta["val"])
             raise PassError(f"{node.format_node()} is said to be {said}, but is {describe(fresh)}")
-    node.meta["verified"] = (node.target, node.args, node.kwargs), inputs
+    node.meta["verified"] = (node.target, node.args, node.kwargs), values
 
 
 def same_objects(left: tuple, right: tuple) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,24 +65,25 @@ class WeightStore:
         with self.lock:
             missing = [p for p in program.packs.values() if p.key not in self.packed]
             self.check_finite(program, missing)
-            waiting = {name: sum(name in p.weight.leaves for p in missing) for name in program.constants}
             used = program.weights.keys()
+            waiting = Counter(name for p in missing for name in p.weight.leaves)
             for pack in tqdm(missing, "packing", unit="weight", disable=None if progress else True, leave=False):
                 self.pack(pack, program)
+                waiting.subtract(pack.weight.leaves)
                 for name in pack.weight.leaves:
-                    waiting[name] -= 1
-                    if waiting[name] == 0 and name not in used:
+                    if not waiting[name] and name not in used:
                         self.release(program, name)
+            for name in program.constants.keys() - used:  # another program has packed it
+                self.release(program, name)
             for pack in program.packs.values():
                 for row in pack.rows:
                     row.error = self.errors[pack.key]
                 for name, tensor in zip(pack.names, self.packed[pack.key], strict=True):
                     self.names[name] = tensor
                     set_attribute(program.graph_module, name, tensor)
-            for name in program.constants.keys() & used:
-                self.names[name] = tensor = self.keep(program, name)
-                set_attribute(program.graph_module, name, tensor)
-            program.constants = {n: self.kept[n] for n in program.constants.keys() & used}
+            for name in list(program.constants):
+                self.names[name] = program.constants[name] = self.keep(program, name)
+                set_attribute(program.graph_module, name, program.constants[name])
 
     def check_finite(self, program: Program, packs: list[Pack]) -> None:
         for name in dict.fromkeys(n for p in packs for n in p.weight.leaves):

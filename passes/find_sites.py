@@ -8,8 +8,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..expression import Expression
-from ..patterns.language import Miss, constant, match, packet
-from ..patterns.linear import LINEAR, underlying, weight_operands
+from ..patterns.language import Miss, arguments, constant, match, packet
+from ..patterns.linear import LINEAR, MATMULS, underlying, weight_operands
 from ..predicate import Shape
 from ..program import Program, Site, get_attribute, nbytes
 from ..report import EXCLUDED, NEAR_MISS, SKIPPED, Row
@@ -76,8 +76,8 @@ class FindSites(Pass):
                 if not isinstance(operand, Node) or not constant(operand):
                     continue
                 for user in placeholder.users:
-                    product = packet(user.target) in PRODUCTS
-                    if product and placeholder in user.all_input_nodes[1:]:
+                    given = arguments(user)
+                    if any(given[p] is placeholder for p in MATMULS.get(packet(user.target), ()) if p < len(given)):
                         row = self.row(program, user, operand, Miss(""))
                         row.close(NEAR_MISS, f"inside {node.target}, which passes do not enter")
                         yield row
@@ -116,9 +116,6 @@ class FindSites(Pass):
                 elif linears.get(user) is not node and packet(user.target) is not aten.embedding:
                     return "an output" if user.op == "output" else f"{packet(user.target)}".removeprefix("aten.")
         return None
-
-
-PRODUCTS = {aten.linear, aten.mm, aten.addmm, aten.matmul, aten.bmm}
 
 
 def candidate_name(weight: Node, path: str, aliases: Mapping[str, str]) -> str:

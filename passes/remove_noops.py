@@ -74,8 +74,8 @@ class RemoveNoops(Pass):
 
 
 def erase_dead(program: Program) -> int:
-    """Erases calls and weights that nothing uses; writes stay."""
-    erased = 0
+    """Erases calls and weights that nothing uses, weights of packed linears only from the graph; writes stay."""
+    erased, packed = 0, {name for pack in program.packs.values() for name in pack.weight.leaves}
     for node in reversed(list(program.graph.nodes)):
         impure = (
             node.op in ("placeholder", "output") or mutates(node) or (node.op == "call_function" and node.is_impure())
@@ -83,4 +83,6 @@ def erase_dead(program: Program) -> int:
         if not node.users and not impure:
             program.graph.erase_node(node)
             erased += 1
+            if node.op == "get_attr" and node.target not in packed:
+                program.constants.pop(node.target, None)
     return erased

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from ..patterns.language import arguments, packet
+from ..patterns.language import arguments, packet, written
 from ..program import Program
 from .base import Pass, Stage
 from .remove_noops import erase_dead
@@ -40,6 +40,8 @@ class RemoveTrueMasks(Pass):
 
 def always_true(node: Node) -> bool:
     """Whether a mask is `n >= 0` for an n that cannot be negative, viewed in any way."""
+    if written(node):
+        return False
     if packet(node.target) in VIEWS and node.meta["val"].dtype == torch.bool:
         return always_true(arguments(node)[0])
     return node.target is aten.ge.Scalar and node.args[1] == 0 and never_negative(node.args[0])
@@ -47,7 +49,7 @@ def always_true(node: Node) -> bool:
 
 def never_negative(node: Node) -> bool:
     """Whether a tensor of integers holds nothing below 0: positions counted from 0, shifted up."""
-    if node.op != "call_function" or node.meta["val"].dtype.is_floating_point:
+    if node.op != "call_function" or node.meta["val"].dtype.is_floating_point or written(node):
         return False
     if node.target is aten.add.Tensor:
         other = node.args[1]

@@ -165,7 +165,7 @@ class Written(nn.Module):
 
 def test_a_weight_that_the_graph_writes_is_no_weight():
     hits, misses = rewrite(program_of(Written(), t(3, 8)).graph, TO_LINEAR)
-    assert not hits and list(misses.values()) == ["w is not a constant"]
+    assert not hits and "not a constant" in " ".join(misses.values())
 
 
 # --- what multiplies matrices ------------------------------------------------------------------------------

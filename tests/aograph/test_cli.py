@@ -1,0 +1,118 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aograph import Recipe
+from aograph.cli import main
+from aograph.schemes import PRESETS
+from tests.models.zoo import MINI
+from tests.small_models import MLP
+
+
+def factory():
+    """(model, example inputs), as the command line takes them."""
+    torch.manual_seed(0)
+    return MLP().eval(), torch.randn(3, 64)
+
+
+def without_inputs():
+    return MLP()
+
+
+HERE = f"{__name__}:factory"
+
+
+@pytest.fixture(autouse=True)
+def same_warnings(monkeypatch):
+    """The command line prints warnings in its own way."""
+    import warnings
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[factory.__module__])
+
+
+def test_explain(capsys):
+    assert main(["explain", HERE, "--recipe", "int8wo", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 candidates: 2 rewritten" in printed and "roofline of" in printed
+
+
+def test_optimize_writes_what_it_packed(capsys, tmp_path):
+    output = tmp_path / "a" / "b"
+    given = ["optimize", HERE, "--recipe", "int8wo+up:none", "--device", "cpu", "--output", str(output)]
+    assert main(given) == 0
+    assert "1 rewritten, 1 excluded" in capsys.readouterr().out
+    state = load_file(output / "packed.safetensors")
+    assert state["down.weight_q"].dtype == torch.int8 and state["up.weight"].shape == (128, 64)
+    assert Recipe.of(output / "recipe.toml") == Recipe.of("int8wo+up:none")
+    report = json.loads((output / "report.json").read_text())
+    assert [row["outcome"] for row in report["rows"]] == ["excluded", "rewritten"]
+
+
+def test_json(capsys):
+    assert main(["explain", HERE, "--recipe", "int8wo", "--device", "cpu", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 2
+
+
+def test_a_dtype(capsys):
+    assert main(["explain", HERE, "--recipe", "int8wo", "--device", "cpu", "--json", "--dtype", "bfloat16"]) != 2
+    out = capsys.readouterr().out
+    assert not out or {row["dtype"] for row in json.loads(out)["rows"]} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["explain", "no/such/folder"], "neither a folder nor module:factory"),
+        (["explain", "no_such_module:make"], "cannot be imported"),
+        (["explain", f"{__name__}:no_such_factory"], "cannot be imported"),
+        (["explain", f"{__name__}:without_inputs"], "gives no example inputs"),
+        (["explain", HERE, "--recipe", "int9wo"], "unknown scheme 'int9wo'"),
+        (["explain", HERE, "--recipe", "a.toml"], "cannot be read"),
+        (["reproduce", "no/such/folder"], "is no reproducer"),
+        (["optimize", HERE, "--output", "/dev/null/folder"], "cannot be written"),
+        (["optimize", HERE, "--recipe", "int4wo+up:none+down:none", "--strict"], "rewrote nothing"),
+        (["explain", HERE, "--device", "no_such_device"], "no_such_device"),
+    ],
+)
+def test_errors_are_one_line_and_a_status(arguments, message, capsys):
+    if arguments[0] != "reproduce" and "--device" not in arguments:
+        arguments = [*arguments, "--device", "cpu"]
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message in captured.err and "Traceback" not in captured.err
+
+
+def test_recipes(capsys):
+    assert main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in PRESETS) and "group_size=64" in printed
+
+
+def test_env(capsys):
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed and "int8_linear" in printed and "dequantize" in printed
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "aograph", "recipes"], capture_output=True, text=True)
+    assert done.returncode == 0 and "int4wo" in done.stdout, done.stderr
+
+
+def test_no_command():
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+
+
+def test_a_hugging_face_folder(capsys):
+    pytest.importorskip("transformers")
+    assert main(["explain", str(MINI), "--recipe", "int8wo", "--device", "cpu", "--json", "--tokens", "5"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 43 and {row["outcome"] for row in rows} == {"rewritten"}
