@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,16 +27,16 @@ class Pack:
     """A weight that a pass has packed, to be packed for real by `WeightStore.materialize`.
 
     `weight` computes the original and `function(weight) -> tuple of tensors` packs it; `names` are the constants
-    that the result fills, `key` says what they hold. `op(x, packed) -> y` is the rewritten op without bias; its
-    error goes to the `rows` of the report.
+    that the result fills, `key` says what they hold. `op(x, packed) -> y` is the rewritten op without bias, whose
+    error goes to the `rows` of the report; None where nothing is rounded.
     """
 
     key: str
     weight: Expression
     function: Callable[[Tensor], tuple[Tensor, ...]]
     names: tuple[str, ...]
-    op: Callable[[Tensor, tuple[Tensor, ...]], Tensor]
-    rows: list[Row]
+    op: Callable[[Tensor, tuple[Tensor, ...]], Tensor] | None = None
+    rows: list[Row] = field(default_factory=list)
 
 
 class WeightStore:
@@ -79,11 +80,18 @@ class WeightStore:
                 for row in pack.rows:
                     row.error = self.errors[pack.key]
                 for name, tensor in zip(pack.names, self.packed[pack.key], strict=True):
-                    self.names[name] = tensor
+                    self.publish(name, tensor)
                     set_attribute(program.graph_module, name, tensor)
             for name in list(program.constants):
-                self.names[name] = program.constants[name] = self.keep(program, name)
-                set_attribute(program.graph_module, name, program.constants[name])
+                program.constants[name] = tensor = self.keep(program, name)
+                self.publish(name, tensor)
+                set_attribute(program.graph_module, name, tensor)
+
+    def publish(self, name: str, tensor: Tensor) -> None:
+        """Names a tensor in the state; programs that packed one weight differently get different names."""
+        for suffix in itertools.chain([""], (f"_{i}" for i in itertools.count(2))):
+            if self.names.setdefault(name + suffix, tensor) is tensor:
+                return
 
     def check_finite(self, program: Program, packs: list[Pack]) -> None:
         for name in dict.fromkeys(n for p in packs for n in p.weight.leaves):
@@ -100,15 +108,17 @@ class WeightStore:
                     f"repair the checkpoint, or exclude it with the rule {name.removesuffix('.weight')}:none"
                 )
 
+    @torch.no_grad()
     def pack(self, pack: Pack, program: Program) -> None:
-        with torch.no_grad():
-            weight = pack.weight.evaluate(lambda name: program.constants[name].detach().to(self.device))
-            packed = tuple(pack.function(weight))
-            generator = torch.Generator(self.device).manual_seed(0)
-            x = torch.randn(PROBE_TOKENS, weight.shape[1], generator=generator, device=self.device, dtype=weight.dtype)
-            expected = F.linear(x, weight).float()
-            self.errors[pack.key] = float((pack.op(x, packed).float() - expected).norm() / expected.norm())
-            self.packed[pack.key] = packed
+        weight = pack.weight.evaluate(lambda name: program.constants[name].detach().to(self.device))
+        self.packed[pack.key] = packed = tuple(pack.function(weight))
+        if pack.op is None:
+            return
+        generator = torch.Generator(self.device).manual_seed(0)
+        probe = dict(generator=generator, device=self.device, dtype=weight.dtype)
+        x = torch.randn(PROBE_TOKENS, weight.shape[1], **probe)
+        expected = F.linear(x, weight).float()
+        self.errors[pack.key] = float((pack.op(x, packed).float() - expected).norm() / expected.norm())
 
     def keep(self, program: Program, name: str) -> Tensor:
         """The unpacked tensor of a program, on the device."""

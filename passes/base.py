@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from ..expression import Expression
 from ..kernels.op import Case, Op, capability
@@ -100,12 +101,8 @@ def swap(
     pack.rows += site.rows
 
     old, x, bias = site.node, site.x, site.bias
+    constants = packed_nodes(program, pack, fakes, old)
     with program.graph.inserting_before(old):
-        constants = []
-        for name, fake in zip(pack.names, fakes, strict=True):
-            set_attribute(program.graph_module, name, torch.empty(0, device="meta"))
-            constants.append(program.graph.get_attr(name))
-            constants[-1].meta["val"] = fake
         site.node = program.graph.call_function(op.overload, (x, *constants, *rest, bias))
 
     before, after = nbytes(like), sum(map(nbytes, fakes))
@@ -120,6 +117,17 @@ def swap(
     program.graph.erase_node(old)
 
 
+def packed_nodes(program: Program, pack: Pack, fakes: Sequence[Tensor], before: Node) -> list[Node]:
+    """`get_attr` nodes for what a pack will hold, in front of a node; for now their tensors are fake."""
+    nodes = []
+    for name, fake in zip(pack.names, fakes, strict=True):
+        set_attribute(program.graph_module, name, torch.empty(0, device="meta"))
+        with program.graph.inserting_before(before):
+            nodes.append(program.graph.get_attr(name))
+        nodes[-1].meta["val"] = fake
+    return nodes
+
+
 def constant_names(program: Program, leaves: list[str], fields: list[str]) -> tuple[str, ...]:
     """Free names for packed tensors: those of their weights, with the field's name at the end.
 
@@ -128,7 +136,7 @@ def constant_names(program: Program, leaves: list[str], fields: list[str]) -> tu
     parts = [leaf.split(".") for leaf in leaves]
     columns = itertools.zip_longest(*parts, fillvalue="")
     base = ".".join("_".join(dict.fromkeys(filter(None, column))) for column in columns)
-    taken = {name for pack in program.packs.values() for name in pack.names}
+    taken = {name for pack in program.packs.values() for name in pack.names} | program.constants.keys()
     for suffix in itertools.chain([""], (f"_{i}" for i in itertools.count(2))):
         names = tuple(f"{base}{suffix}_{field}" for field in fields)
         if taken.isdisjoint(names):

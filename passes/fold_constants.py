@@ -1,0 +1,45 @@
+"""Computes small constant expressions once, such as the joint bias of merged linears, instead of at every call."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from ..expression import Expression
+from ..patterns.language import constant, packet
+from ..patterns.linear import VIEWS
+from ..program import Program, nbytes
+from ..weights import Pack
+from .base import Pass, Stage, constant_names, packed_nodes
+
+LARGEST = 1 << 20  # bytes; what is larger would cost memory for little
+
+
+class FoldConstants(Pass):
+    """Largest constant expressions first; views stay, as they cost nothing."""
+
+    name = "fold_constants"
+    stage = Stage.LOWER
+
+    def run(self, program: Program, context) -> int:
+        folded = 0
+        for node in list(program.graph.nodes):
+            if foldable(node) and not all(constant(user) for user in node.users):
+                expression = Expression.of(node)
+                key = f"constant|{expression}"
+                if key not in program.packs:
+                    names = constant_names(program, expression.leaves, ["folded"])
+                    program.packs[key] = Pack(key, expression, identity, names)
+                (new,) = packed_nodes(program, program.packs[key], [node.meta["val"]], node)
+                node.replace_all_uses_with(new)
+                folded += 1
+        return folded
+
+
+def identity(tensor):
+    return (tensor,)
+
+
+def foldable(node: Node) -> bool:
+    """A call on constants that computes something, with a small tensor as its result."""
+    small = hasattr(node.meta.get("val"), "dtype") and nbytes(node.meta["val"]) <= LARGEST
+    return small and node.op == "call_function" and constant(node) and packet(node.target) not in VIEWS
