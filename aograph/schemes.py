@@ -78,12 +78,12 @@ class Int4WeightOnly(Scheme):
     """Weights in 4 bits, asymmetric, one scale and zero point per group of `group_size` inputs of a channel.
 
     group_size: 32, 64, 128 or 256 inputs; must divide K.
-    algorithm: "minmax" or "mse", as for int8wo.
+    algorithm: "mse" or "minmax", as for int8wo; clipping pays at 4 bits.
     """
 
     preset: ClassVar[str] = "int4wo"
     group_size: int = 64
-    algorithm: str = "minmax"
+    algorithm: str = "mse"
 
     def __post_init__(self) -> None:
         self.check("group_size", (32, 64, 128, 256))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 from collections import Counter
@@ -66,6 +67,8 @@ class WeightStore:
         with self.lock:
             missing = [p for p in program.packs.values() if p.key not in self.packed]
             self.check_finite(program, missing)
+            if self.model is not None:
+                gc.collect()  # what tracing left behind still refers to the originals, in cycles
             used = program.weights.keys()
             waiting = Counter(name for p in missing for name in p.weight.leaves)
             for pack in tqdm(missing, "packing", unit="weight", disable=None if progress else True, leave=False):
@@ -94,7 +97,7 @@ class WeightStore:
                 return
 
     def check_finite(self, program: Program, packs: list[Pack]) -> None:
-        for name in dict.fromkeys(n for p in packs for n in p.weight.leaves):
+        for name in dict.fromkeys(n for p in packs if p.op is not None for n in p.weight.leaves):
             tensor = program.constants[name]
             if tensor.is_meta:
                 raise WeightError(

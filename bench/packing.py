@@ -46,7 +46,7 @@ def measure(recipe: str, source: str, hand_over: bool, layers: int) -> list:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", nargs="+", default=["int4wo", "int8wo", "int4wo(algorithm=mse)"])
+    parser.add_argument("--recipe", nargs="+", default=["int4wo", "int8wo", "int4wo(algorithm=minmax)"])
     parser.add_argument("--layers", type=int, default=32)
     options = parser.parse_args()
     rows = []

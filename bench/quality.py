@@ -18,8 +18,8 @@ import aograph
 
 from .perplexity import perplexity, python_topics, tokens_of
 
-RECIPES = ["int8wo", "int8wo(algorithm=mse)"] + [
-    f"int4wo(group_size={g}{a})" for g in (32, 64, 128) for a in ("", ", algorithm=mse")
+RECIPES = [f"int8wo(algorithm={a})" for a in ("minmax", "mse")] + [
+    f"int4wo(group_size={g}, algorithm={a})" for g in (32, 64, 128) for a in ("minmax", "mse")
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from ..expression import Expression
-from ..patterns.language import constant, packet
+from ..patterns.language import constant, packet, views_of
 from ..patterns.linear import VIEWS
 from ..program import Program, nbytes
 from ..weights import Pack
@@ -23,7 +23,7 @@ class FoldConstants(Pass):
     def run(self, program: Program, context) -> int:
         folded = 0
         for node in list(program.graph.nodes):
-            if foldable(node) and not all(constant(user) for user in node.users):
+            if foldable(node) and not all(map(constant, node.users)) and not returned(node):
                 expression = Expression.of(node)
                 key = f"constant|{expression}"
                 if key not in program.packs:
@@ -33,6 +33,11 @@ class FoldConstants(Pass):
                 node.replace_all_uses_with(new)
                 folded += 1
         return folded
+
+
+def returned(node: Node) -> bool:
+    """Whether the graph returns a node or a view of it: each call must return a tensor of its own."""
+    return any(user.op == "output" or (user in views_of(node) and returned(user)) for user in node.users)
 
 
 def identity(tensor):

@@ -29,7 +29,8 @@ from torch.fx import Graph, Node
 
 __all__ = [
     "Any", "Builder", "Match", "Maybe", "Miss", "P", "Rule", "Weight",
-    "arguments", "constant", "fake_mode", "inherit", "match", "mutates", "packet", "propagate", "rewrite", "written",
+    "arguments", "constant", "fake_mode", "inherit", "match", "mutates", "packet", "propagate", "rewrite", "views_of",
+    "written",
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ from tests.small_models import MLP
 aten = torch.ops.aten
 X = torch.randn(3, 64)
 INT8 = Recipe.of("int8wo")
+
+
+@pytest.fixture(autouse=True)
+def reproducers_go_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 def named(name, stage, after=(), work=lambda program, context: 0):

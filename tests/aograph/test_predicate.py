@@ -111,7 +111,7 @@ conditions = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(conditions, st.integers(0, 6), st.integers(0, 6), st.integers(0, 6), st.integers(0, 6))
 def test_a_decision_is_right_for_every_m(text, low, length, N, K):
     decided = holds(text, shape(low, low + length, N, K))
@@ -122,7 +122,7 @@ def test_a_decision_is_right_for_every_m(text, low, length, N, K):
         assert length > 0  # a static M decides everything
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(conditions, st.integers(0, 6), st.integers(0, 6), st.integers(0, 6))
 def test_without_an_upper_bound(text, low, N, K):
     decided = holds(text, shape(low, None, N, K))
@@ -130,7 +130,7 @@ def test_without_an_upper_bound(text, low, N, K):
         assert {bool(eval(text, {"M": m, "N": N, "K": K})) for m in range(low, low + 60)} == {decided}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 20), st.integers(0, 20), st.integers(0, 20), st.sampled_from(["<", "<=", ">", ">=", "==", "!="]))
 def test_a_relation_hesitates_only_where_it_must(low, length, limit, relation):
     decided = holds(f"M {relation} {limit}", shape(low, low + length))

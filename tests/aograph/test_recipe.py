@@ -107,7 +107,7 @@ rules = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(rules, min_size=1, max_size=4).map(tuple).map(Recipe))
 def test_toml_round_trip(recipe):
     assert Recipe.from_toml(recipe.to_toml()) == recipe

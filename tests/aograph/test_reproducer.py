@@ -1,4 +1,5 @@
 import json
+import tempfile
 
 import pytest
 import torch
@@ -15,6 +16,11 @@ from tests.small_models import MLP, Counting
 
 X = torch.randn(3, 64)
 INT8 = Recipe.of("int8wo")
+
+
+@pytest.fixture(autouse=True)
+def reproducers_go_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 class Conditional(nn.Module):

@@ -24,7 +24,7 @@ def test_a_scheme_is_a_documented_frozen_value(scheme):
     "scheme, text",
     [
         (Int4WeightOnly(128), "int4wo(group_size=128)"),
-        (Int4WeightOnly(128, "mse"), "int4wo(group_size=128, algorithm=mse)"),
+        (Int4WeightOnly(128, "minmax"), "int4wo(group_size=128, algorithm=minmax)"),
         (Int8WeightOnly("mse"), "int8wo(algorithm=mse)"),
     ],
 )

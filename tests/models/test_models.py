@@ -44,18 +44,16 @@ def untie(model: nn.Module, aliases: dict[str, str]) -> dict[str, str]:
     return untied
 
 
-def parameters_of(program) -> set[str]:
-    return {name for pack in program.packs.values() for name in pack.weight.leaves}
-
-
 @torch.no_grad()
 def dequantized(model: nn.Module, optimized, recipe: str) -> nn.Module:
     """A copy of the model in which every weight that was packed is what its packed form stands for."""
     model = copy.deepcopy(model)
     for _, captured, _ in optimized._captures.values():
         untied = untie(model, captured.program.aliases)
-        original = {name: get_attribute(model, untied.get(name, name)) for name in parameters_of(captured.program)}
-        for pack in captured.program.packs.values():
+        packs = [pack for pack in captured.program.packs.values() if pack.op is not None]
+        names = {name for pack in packs for name in pack.weight.leaves}
+        original = {name: get_attribute(model, untied.get(name, name)) for name in names}
+        for pack in packs:
             parts = pack.weight.args[0] if "cat" in str(pack.weight.target) else [pack.weight]
             views = [part.evaluate(original.__getitem__) for part in parts]
             sizes = [len(view) for view in views]

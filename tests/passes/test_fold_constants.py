@@ -1,6 +1,9 @@
+import pytest
 import torch
 from aograph.passes import Stage
 from torch import nn
+
+from aograph import optimize
 
 from ..programs import Function, apply, find, operators, outputs, program_of, up_to
 
@@ -47,3 +50,47 @@ def test_values_and_a_second_run():
     with torch.no_grad():
         (value,) = pack.function(pack.weight.evaluate(lambda name: model.get_parameter(name)))
     assert torch.equal(X + value, before)
+
+
+class WithBuffer(nn.Module):
+    def __init__(self, function, buffer):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.function = function
+        self.register_buffer("buffer", buffer)
+
+    def forward(self, x):
+        return self.function(self.buffer, self.linear(x))
+
+
+VALUES = {
+    "a mask of -inf": (lambda b, y: (y + b.triu(1)).softmax(-1), torch.full((3, 64), -torch.inf).triu(2)),
+    "nan": (lambda b, y: torch.where(b.isnan(), y, 0), torch.full((3, 64), torch.nan)),
+    "booleans": (lambda b, y: y.masked_fill(~b, 0), torch.ones(3, 64, dtype=torch.bool)),
+    "complex": (lambda b, y: y * (b * b).real, torch.full((3, 64), 1 + 2j)),
+    "nothing": (lambda b, y: y + (b * 2).sum(), torch.ones(0, 64)),
+}
+
+
+@pytest.mark.parametrize("function, buffer", VALUES.values(), ids=VALUES.keys())
+def test_any_value_may_be_folded(function, buffer):
+    model = WithBuffer(function, buffer).eval()
+    y = optimize(model, "int8wo", X, compile=False)(X)
+    torch.testing.assert_close(y, model(X).detach(), rtol=0.1, atol=0.1)
+
+
+def test_a_joint_bias_with_nan_is_the_users_own():
+    model = Siblings().eval()
+    model.a.bias.data[0] = torch.nan
+    a, b = optimize(model, "int8wo", X, compile=False)(X)
+    assert a[:, 0].isnan().all() and a[:, 1:].isfinite().all() and b.isfinite().all()
+
+
+@pytest.mark.parametrize("function", [lambda b, y: (y, b.exp()), lambda b, y: (y, b.exp().t())], ids=["whole", "view"])
+def test_what_is_returned_is_fresh_each_time(function):
+    model = WithBuffer(function, torch.ones(3, 64)).eval()
+    optimized = optimize(model, "int8wo", X, compile=False)
+    first = optimized(X)[1]
+    kept = first.clone()
+    first.mul_(2)
+    assert torch.equal(optimized(X)[1], kept)
