@@ -118,8 +118,8 @@ class WeightStore:
         if pack.op is None:
             return
         generator = torch.Generator(self.device).manual_seed(0)
-        probe = dict(generator=generator, device=self.device, dtype=weight.dtype)
-        x = torch.randn(PROBE_TOKENS, weight.shape[1], **probe)
+        tokens = PROBE_TOKENS, weight.shape[1]
+        x = torch.randn(tokens, generator=generator, device=self.device, dtype=weight.dtype)
         expected = F.linear(x, weight).float()
         self.errors[pack.key] = float((pack.op(x, packed).float() - expected).norm() / expected.norm())
 
