@@ -18,7 +18,7 @@ from .counter import count_products
 from .zoo import MINI, MODELS, build, ids
 
 SMALL = Path(__file__).parents[3] / "shared" / "models" / "small"
-INT8, INT4 = "int8wo", "int4wo(group_size=32)"
+INT8, INT4 = "int8wo", "int4wo(group_size=32, algorithm=minmax)"  # minmax packs fastest
 UNPACK = {
     INT8: lambda packed, N: int8_linear.unpack(*packed),
     INT4: lambda packed, N: int4_linear.unpack(*packed, 32, N),
