@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from . import pipeline
 from .capture import Capture, capture, flatten, on_meta, retarget
 from .cost import roofline
-from .errors import AographError, CompileError, InputError, RecipeError
+from .errors import CompileError, InputError, RecipeError
 from .recipe import Recipe
 from .report import Report
 from .weights import WeightStore
@@ -69,7 +69,12 @@ class OptimizedModule(nn.Module):
             try:
                 outputs = run(*flat)
             except Exception as error:
-                raise (explain_compile_failure(error) or error) from None
+                if no_compiler(error):
+                    raise CompileError(
+                        "Inductor found no working compiler on this machine: install a C++ compiler such as g++ (or set "
+                        "CXX), for a GPU Triton too; or give compile=False to run eagerly"
+                    ) from error
+                raise
         return pytree.tree_unflatten(outputs, captured.out_spec)
 
     def _program_for(
@@ -296,14 +301,10 @@ def check_matches(report: Report, recipe: Recipe, strict: bool) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def explain_compile_failure(error: BaseException | None) -> AographError | None:
-    """A `CompileError` where an exception comes from a missing compiler, else None."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if type(seen).__name__ in ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton"):
-            return CompileError(
-                f"Inductor found no working compiler on this machine ({type(seen).__name__}): install a C++ "
-                "compiler such as g++ (or set CXX), for a GPU Triton too; or give compile=False to run eagerly"
-            )
-        seen = getattr(seen, "inner_exception", None) or seen.__cause__ or seen.__context__
-    return None
+def no_compiler(error: BaseException | None) -> bool:
+    """Whether an exception, or one that it came from, says that the compiler of generated code is missing."""
+    while error is not None:
+        if type(error).__name__ in ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton"):
+            return True
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+    return False
