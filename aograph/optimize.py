@@ -71,8 +71,8 @@ class OptimizedModule(nn.Module):
             except Exception as error:
                 if no_compiler(error):
                     raise CompileError(
-                        "Inductor found no working compiler on this machine: install a C++ compiler such as g++ (or set "
-                        "CXX), for a GPU Triton too; or give compile=False to run eagerly"
+                        "Inductor found no working compiler on this machine: install a C++ compiler such as g++ (or "
+                        "set CXX), for a GPU Triton too; or give compile=False to run eagerly"
                     ) from error
                 raise
         return pytree.tree_unflatten(outputs, captured.out_spec)
