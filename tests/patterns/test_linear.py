@@ -184,7 +184,6 @@ OPERANDS = {
         lambda m, x: F.conv1d(x[None], m.w.view(8, 4, 2)[:, :, :].repeat(1, 2, 1)), "aten.conv1d", []),
     "a pointwise convolution": (lambda m, x: F.conv1d(x[None], m.w[..., None]), "aten.conv1d", ["unsqueeze_1"]),
     "picked by data": (lambda m, x: x @ m.w[x[0].argsort()], "aten.matmul", ["index"]),
-    "picked by a scalar": (lambda m, x: x @ m.w[x[0].argmax()].view(8, 1), "aten.matmul", ["view"]),
 }  # fmt: skip
 
 
