@@ -202,7 +202,7 @@ TO_LINEAR = [
 ]
 # fmt: on
 
-# Every operator that multiplies matrices: (position of its operands, is it opaque to the rules).
+# Every operator that multiplies matrices, and the positions of its operands among its arguments (a list counts whole).
 MATMULS = {
     aten.linear: (0, 1), aten.mm: (0, 1), aten.addmm: (1, 2), aten.matmul: (0, 1), aten.bmm: (0, 1),
     aten.baddbmm: (1, 2), aten.addbmm: (1, 2), aten.mv: (0, 1), aten.addmv: (1, 2), aten.inner: (0, 1),
