@@ -45,6 +45,10 @@ class Scheme:
         settings = ", ".join(f"{k}={v}" for k, v in self.settings().items())
         return f"{self.preset}({settings})" if settings else self.preset
 
+    def refuse(self, N: int, K: int) -> str | None:
+        """Why a linear with a weight [N, K] cannot take the scheme; None if it can."""
+        return None
+
     def check(self, parameter: str, valid: Iterable[Any]) -> None:
         value, valid = getattr(self, parameter), tuple(valid)
         if value not in valid:
@@ -88,6 +92,14 @@ class Int4WeightOnly(Scheme):
     def __post_init__(self) -> None:
         self.check("group_size", (32, 64, 128, 256))
         self.check("algorithm", ALGORITHMS)
+
+    def refuse(self, N: int, K: int) -> str | None:
+        if K % self.group_size == 0:
+            return None
+        fits = [g for g in (256, 128, 64, 32) if K % g == 0]
+        return f"K = {K} is not divisible by the group size {self.group_size}" + (
+            f" ({fits[0]} would be)" if fits else ""
+        )
 
 
 PRESETS: dict[str, type[Scheme]] = {cls.preset: cls for cls in Scheme.__subclasses__()}

@@ -15,7 +15,7 @@ from ..expression import Expression
 from ..kernels.op import Case, Op, capability
 from ..patterns.language import inherit
 from ..program import Program, Site, nbytes, set_attribute
-from ..report import NEAR_MISS, REWRITTEN
+from ..report import REWRITTEN
 from ..weights import Pack
 
 if TYPE_CHECKING:
@@ -50,30 +50,21 @@ class Pass:
 class SchemePass(Pass):
     """Carries out one scheme at the sites to which the recipe gave it.
 
-    A technique says which `scheme`, refuses sites that cannot take it, and rewrites the others, mostly by `swap`.
+    A technique says which `scheme`, and rewrites a site, mostly by `swap`. Sites that cannot take the scheme
+    (`Scheme.refuse`) do not get it.
     """
 
     stage = Stage.QUANTIZE
     scheme: ClassVar[type[Scheme]]
 
-    def refuse(self, site: Site) -> str | None:
-        """Why this site cannot take the scheme; None if it can."""
-
     def rewrite(self, site: Site, program: Program) -> None:
         raise NotImplementedError
 
     def run(self, program: Program, context: Context) -> int:
-        taken = 0
-        for site in program.sites:
-            if not isinstance(site.scheme, self.scheme):
-                continue
-            if reason := self.refuse(site):
-                for row in site.rows:
-                    row.close(NEAR_MISS, reason)
-                continue
+        sites = [site for site in program.sites if isinstance(site.scheme, self.scheme)]
+        for site in sites:
             self.rewrite(site, program)
-            taken += 1
-        return taken
+        return len(sites)
 
 
 def swap(

@@ -100,6 +100,8 @@ class FindSites(Pass):
             row.close(SKIPPED, "the weight is empty")
         elif role := self.other_role(program, site):
             row.close(SKIPPED, f"its weight is used elsewhere in another role ({role})")
+        elif reason := decision[1].scheme.refuse(site.N, site.K):
+            row.close(NEAR_MISS, reason)
         else:
             site.scheme = decision[1].scheme
 

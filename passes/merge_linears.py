@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from ..expression import Expression
-from ..patterns.language import Builder, written
+from ..patterns.language import Builder, constant, views_of, written
 from ..program import Program, Site
 from .base import Pass, Stage
 
@@ -29,7 +29,7 @@ class MergeLinears(Pass):
     def run(self, program: Program, context) -> int:
         groups: dict[tuple, list[Site]] = defaultdict(list)
         for site in program.sites:
-            if site.scheme is not None and not (site.bias is not None and site.bias.meta["val"].ndim != 1):
+            if site.scheme is not None and (site.bias is None or is_vector(site.bias)):
                 groups[site.x, site.scheme, site.dtype, site.bias is None].append(site)
         siblings = [g for g in groups.values() if len(g) > 1 and written(g[0].x) is None]
 
@@ -55,7 +55,9 @@ class MergeLinears(Pass):
         y = g.call(aten.linear.default, group[0].x, weight, bias)
         parts = g.call(aten.split_with_sizes.default, y, [s.N for s in group], -1)
         for i, site in enumerate(group):
-            site.node.replace_all_uses_with(g.call(operator.getitem, parts, i))
+            part = g.call(operator.getitem, parts, i)
+            site.node.replace_all_uses_with(part)
+            loosen(part)
         names = [row.name for s in group for row in s.rows]
         for site in group:
             for row in site.rows:
@@ -64,6 +66,18 @@ class MergeLinears(Pass):
         at = program.sites.index(group[0])
         program.sites = [s for s in program.sites if not any(s is m for m in group)]
         program.sites.insert(at, Site(y, [row for s in group for row in s.rows], group[0].scheme))
+
+
+def is_vector(bias: Node) -> bool:
+    return constant(bias) and bias.meta["val"].ndim == 1
+
+
+def loosen(part: Node) -> None:
+    """Lets views of a part, which is no longer contiguous, copy where they must."""
+    for user in views_of(part):
+        if user.target is aten.view.default:
+            user.target = aten.reshape.default
+        loosen(user)
 
 
 def hoist(node: Node, before: Node, order: dict[Node, int]) -> None:

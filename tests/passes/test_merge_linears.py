@@ -168,3 +168,30 @@ def test_a_bias_that_is_no_vector():
     program = program_of(forward, X, **weights((64, 64), (64, 64)))
     apply(program, *up_to(Stage.DECIDE))
     assert apply(program, "merge_linears") == [0]
+
+
+def test_siblings_that_a_scheme_refuses_stay_apart():
+    """A merged linear that nothing packs would join its weights at every call."""
+    program = program_of(
+        lambda m, x: (x @ m.a, x @ m.b), torch.randn(3, 48), a=torch.randn(48, 64), b=torch.randn(48, 64)
+    )
+    apply(program, *up_to(Stage.QUANTIZE), recipe="int4wo(group_size=64)")
+    assert operators(program)["aten.linear"] == 2 and not operators(program)["aten.cat"]
+    assert all("not divisible" in row.notes[0] for row in program.rows)
+
+
+def test_a_view_that_needs_contiguous_siblings():
+    x = torch.randn(3, 5, 64)
+    weights = dict(a=torch.randn(32, 64), b=torch.randn(32, 64))
+    program = program_of(
+        lambda m, x: (F.linear(x, m.a).view(3, -1), F.linear(x, m.b).view(15, 32).view(3, -1)), x, **weights
+    )
+    expected = outputs(program, x)
+    assert apply(program, *up_to(Stage.FUSE))[-1] == 1
+    torch.testing.assert_close(outputs(program, x), expected)
+
+
+def test_a_bias_that_comes_from_another_sibling():
+    weights = dict(a=torch.randn(32, 64), b=torch.randn(32, 64))
+    program = program_of(lambda m, x: F.linear(x, m.a, F.linear(x, m.b)[0]), torch.randn(3, 64), **weights)
+    assert apply(program, *up_to(Stage.FUSE))[-1] == 0
