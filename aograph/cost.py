@@ -8,6 +8,7 @@ and the time to do the operations.
 from __future__ import annotations
 
 import functools
+import re
 import time
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ def roofline(device: str) -> Roofline:
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
         for key, rates in KNOWN.items():
-            if key in properties.name:
+            if re.search(rf"\b{key}\b", properties.name):
                 return Roofline(properties.name, *rates)
         bandwidth = 2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8
         cores = properties.multi_processor_count * properties.clock_rate * 1e3

@@ -15,7 +15,7 @@ from .errors import AographError, PassError
 from .passes import PASSES, Pass
 from .program import Program, nbytes
 from .recipe import Recipe
-from .report import PassRecord, Report
+from .report import REWRITTEN, SKIPPED, PassRecord, Report
 from .schemes import nearest
 from .verify import verify
 
@@ -93,6 +93,10 @@ def run(
                 Path(dump).mkdir(parents=True, exist_ok=True)
                 Path(dump, f"{step:02d}_{each.name}.diff").write_text(diff + "\n")
         before = after
+    for site in program.sites:
+        for row in site.rows if site.scheme is not None else ():
+            if row.outcome != REWRITTEN:
+                row.close(SKIPPED, f"no pass carried out {site.scheme}: the one for it is disabled")
     report.rows = program.rows
     report.bytes_after = sum(nbytes(node.meta["val"]) for node in program.weights.values())
     return report

@@ -104,7 +104,7 @@ class WeightStore:
                     f"the weight {name} is on the meta device: it was never loaded, or was handed over and packed "
                     "before; give the loaded model, or hand it over only once its shapes are captured"
                 )
-            if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor.detach())):
+            if not all_finite(tensor):
                 bad = (~torch.isfinite(tensor.detach())).nonzero()[0].tolist()
                 raise WeightError(
                     f"the weight {name} holds NaN or inf, first at {bad}: nothing was packed; "
@@ -114,14 +114,22 @@ class WeightStore:
     @torch.no_grad()
     def pack(self, pack: Pack, program: Program) -> None:
         weight = pack.weight.evaluate(lambda name: program.constants[name].detach().to(self.device))
-        self.packed[pack.key] = packed = tuple(pack.function(weight))
         if pack.op is None:
+            self.packed[pack.key] = pack.function(weight)
             return
+        if not all_finite(weight):  # its leaves are, but not what is computed from them
+            raise WeightError(
+                f"the weight {pack.weight} is computed from finite values, but holds NaN or inf; exclude it with "
+                f"the rule {pack.rows[0].name}:none"
+            )
+        packed = tuple(pack.function(weight))
         generator = torch.Generator(self.device).manual_seed(0)
         tokens = PROBE_TOKENS, weight.shape[1]
         x = torch.randn(tokens, generator=generator, device=self.device, dtype=weight.dtype)
         expected = F.linear(x, weight).float()
-        self.errors[pack.key] = float((pack.op(x, packed).float() - expected).norm() / expected.norm())
+        error = (pack.op(x, packed).float() - expected).norm()
+        self.errors[pack.key] = float(error / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
+        self.packed[pack.key] = packed
 
     def keep(self, program: Program, name: str) -> Tensor:
         """The unpacked tensor of a program, on the device."""
@@ -143,6 +151,11 @@ class WeightStore:
             for group in (module._parameters, module._buffers):
                 if (tensor := group.get(leaf)) is not None:
                     group[leaf] = meta_like(tensor)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor inf; needs no copy of it."""
+    return not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor.detach()))
 
 
 def meta_like(tensor: Tensor) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from aograph.passes import PASSES, Pass, Stage
 
-from aograph import PassError, Recipe, RecipeError, pipeline
+from aograph import PassError, Recipe, RecipeError, optimize, pipeline
 from aograph.cli import main
 from aograph.pipeline import order, run
 from aograph.reproducer import load
@@ -190,3 +190,9 @@ def test_the_context_is_the_recipe():
     seen = []
     run(program_of(MLP(), X), INT8, passes=[named("look", Stage.FUSE, work=lambda p, c: seen.append(c.recipe) or 0)])
     assert seen == [INT8] and pipeline.Context(INT8).recipe is INT8
+
+
+def test_a_scheme_whose_pass_is_disabled_says_so():
+    with pytest.warns(UserWarning, match="no pass carried out int8wo"):
+        optimized = optimize(MLP(), "int8wo", torch.randn(3, 64), compile=False, disable=["int8_weight_only"])
+    assert all(row.bytes_after == row.bytes_before for row in optimized.report.rows)

@@ -9,6 +9,7 @@ from aograph.passes import int8_weight_only
 from torch import nn
 
 from aograph import InputError, WeightError, optimize
+from tests.programs import Function
 from tests.small_models import MLP, Counting, Tied, untouched
 
 IDS = torch.arange(6).view(2, 3)
@@ -231,3 +232,16 @@ def test_packing_on_a_gpu_needs_one_layer_at_a_time():
 def test_one_state_for_no_prefix(x):
     with pytest.raises(InputError, match="call state_dict"):
         eager(MLP(), "int8wo", x).state_dict({})
+
+
+def test_a_weight_that_is_computed_to_nan_is_named(x):
+    model = Function(lambda m, x: x @ (m.w / m.w.norm(dim=0)), w=torch.zeros(64, 64))
+    with pytest.raises(WeightError, match="computed from finite values, but holds NaN"):
+        optimize(model, "int8wo", x, compile=False)
+
+
+def test_a_weight_of_zeros_has_no_error(x):
+    model = nn.Linear(64, 64)
+    nn.init.zeros_(model.weight)
+    (row,) = optimize(model, "int8wo", x, compile=False).report.rows
+    assert row.error == 0
