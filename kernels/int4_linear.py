@@ -66,6 +66,7 @@ def pack(weight: Tensor, group_size: int = 64, algorithm: str = "minmax") -> tup
     return q, scale_zero
 
 
+@int4_linear.weight
 def unpack(q: Tensor, scale_zero: Tensor, group_size: int, out_features: int) -> Tensor:
     """The weight [N, K] that q and scale_zero stand for, in the dtype of scale_zero, each weight rounded once."""
     return _transposed(q, scale_zero, group_size).T[:out_features].contiguous()

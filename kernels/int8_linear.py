@@ -35,6 +35,7 @@ def pack(weight: Tensor, algorithm: str = "minmax") -> tuple[Tensor, Tensor]:
     return packed.q, packed.scale.squeeze(1)
 
 
+@int8_linear.weight
 def unpack(q: Tensor, scale: Tensor) -> Tensor:
     """The weight [N, K] that q and scale stand for, in the dtype of scale."""
     return q * scale[:, None]

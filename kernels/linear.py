@@ -17,9 +17,10 @@ LARGE_BLOCK = 1 << 27  # elsewhere what a large matrix product needs: 256 MB in 
 
 
 class LinearOp(Op):
-    """An op on x [..., K] and a packed weight [N, K] that gives y [..., N] like x.
+    """An op on x [..., K], a packed weight [N, K] and a bias, the last argument, that gives y [..., N] like x.
 
-    Its implementations see x as a contiguous [M, K] with M ≥ 1, and give [M, N].
+    Its implementations see x as a contiguous [M, K] with M ≥ 1, and give [M, N]. Gradients flow to x and to the bias;
+    a packed weight has none.
     """
 
     def run(self, *args, implementation: str | None = None) -> Tensor:
@@ -34,6 +35,26 @@ class LinearOp(Op):
     def like(self, x: Tensor, *weight) -> Tensor:
         """An empty y of the right shape: the op's fake."""
         return x.new_empty(*x.shape[:-1], self.case_of(x, *weight).N)
+
+    def weight(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Decorator: the weight [N, K] that the arguments between x and the bias stand for, which gradients need."""
+
+        def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+            _, *packed, _ = inputs
+            ctx.tensors = [isinstance(each, Tensor) for each in packed]
+            ctx.numbers = [each for each in packed if not isinstance(each, Tensor)]
+            ctx.save_for_backward(*(each for each in packed if isinstance(each, Tensor)))
+
+        def backward(ctx, of_y: Tensor) -> tuple:
+            tensors, numbers = iter(ctx.saved_tensors), iter(ctx.numbers)
+            packed = [next(tensors if is_tensor else numbers) for is_tensor in ctx.tensors]
+            to_x, *_, to_bias = ctx.needs_input_grad
+            of_x = of_y @ function(*packed) if to_x else None
+            of_bias = of_y.flatten(0, -2).sum(0) if to_bias else None
+            return of_x, *[None] * len(packed), of_bias
+
+        torch.library.register_autograd(self.qualified_name, backward, setup_context=setup_context)
+        return function
 
     def fit(self, x: Tensor, N: int, K: int, group_size: int | None, *expected) -> Case:
         """The case of a call, once its arguments are known to fit together.

@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from aograph.kernels import int4_linear, int8_linear
 from aograph.kernels.op import Op
 from torch._subclasses import FakeTensorMode
@@ -203,3 +204,20 @@ def test_exports_with_any_number_of_tokens(op):
     exported = torch.export.export(Linear(), (torch.ones(2, 3, 128),), dynamic_shapes=batch).module()
     x = tokens(5, 3, 128, dtype=torch.float32)
     check(exported(x), x, weight, bias, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64), (0, 64), (64,)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gradients_of_x_and_bias_are_those_of_the_dequantized_linear(shape, with_bias):
+    weight = torch.randn(40, 64)
+    bias = torch.randn(40, requires_grad=True) if with_bias else None
+    for op, packed, dense in (
+        (int8_linear.int8_linear, (p := int8_linear.pack(weight)), int8_linear.unpack(*p)),
+        (int4_linear.int4_linear, (p := (*int4_linear.pack(weight, 32), 32, 40)), int4_linear.unpack(*p)),
+    ):
+        x = torch.randn(shape, requires_grad=True)
+        wanted = [x, bias] if with_bias else [x]
+        upstream = torch.randn(*shape[:-1], 40)
+        actual = torch.autograd.grad(op(x, *packed, bias), wanted, upstream)
+        expected = torch.autograd.grad(F.linear(x, dense, bias), wanted, upstream)
+        torch.testing.assert_close(actual, expected)
