@@ -50,7 +50,7 @@ class LinearOp(Op):
             packed = [next(tensors if is_tensor else numbers) for is_tensor in ctx.tensors]
             to_x, *_, to_bias = ctx.needs_input_grad
             of_x = of_y @ function(*packed) if to_x else None
-            of_bias = of_y.flatten(0, -2).sum(0) if to_bias else None
+            of_bias = of_y.sum_to_size(of_y.shape[-1:]) if to_bias else None
             return of_x, *[None] * len(packed), of_bias
 
         torch.library.register_autograd(self.qualified_name, backward, setup_context=setup_context)
