@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +49,21 @@ class Expression:
         args, kwargs = tree_map(value, (self.args, dict(self.kwargs)), is_leaf=is_expression)
         return self.target(*args, **kwargs)
 
-    def __str__(self) -> str:
+    def text(self, names: Mapping[str, str]) -> str:
+        """As text, with other names for weights."""
         if isinstance(self.target, str):
-            return self.target
-        given = [*map(str, self.args), *(f"{k}={v}" for k, v in self.kwargs)]
+            return names.get(self.target, self.target)
+
+        def show(value: Any) -> str:
+            if isinstance(value, (list, tuple)):
+                return f"[{', '.join(map(show, value))}]"
+            return value.text(names) if is_expression(value) else str(value)
+
+        given = [*map(show, self.args), *(f"{k}={show(v)}" for k, v in self.kwargs)]
         return f"{getattr(self.target, '__name__', self.target)}({', '.join(given)})"
+
+    def __str__(self) -> str:
+        return self.text({})
 
     __repr__ = __str__
 

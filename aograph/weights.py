@@ -28,16 +28,41 @@ class Pack:
     """A weight that a pass has packed, to be packed for real by `WeightStore.materialize`.
 
     `weight` computes the original and `function(weight) -> tuple of tensors` packs it; `names` are the constants
-    that the result fills, `key` says what they hold. `op(x, packed) -> y` is the rewritten op without bias, whose
-    error goes to the `rows` of the report; None where nothing is rounded.
+    that the result fills. `kind` says what the function does, `key` what the constants hold. `op(x, packed) -> y` is
+    the rewritten op without bias, whose error goes to the `rows` of the report; None where nothing is rounded.
     """
 
-    key: str
+    kind: str
     weight: Expression
     function: Callable[[Tensor], tuple[Tensor, ...]]
     names: tuple[str, ...]
     op: Callable[[Tensor, tuple[Tensor, ...]], Tensor] | None = None
     rows: list[Row] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind}|{self.weight}"
+
+    @torch.no_grad()
+    def run(self, weight: Tensor) -> tuple[tuple[Tensor, ...], float | None]:
+        """The packed tensors of a weight [N, K], and the relative error of the op on them (None: nothing is rounded).
+
+        Raises `WeightError` if the weight, computed from finite values, is not finite.
+        """
+        if self.op is None:
+            return tuple(self.function(weight)), None
+        if not all_finite(weight):
+            raise WeightError(
+                f"the weight {self.weight} is computed from finite values, but holds NaN or inf; exclude it with "
+                f"the rule {self.rows[0].name}:none"
+            )
+        packed = tuple(self.function(weight))
+        generator = torch.Generator(weight.device).manual_seed(0)
+        tokens = PROBE_TOKENS, weight.shape[1]
+        x = torch.randn(tokens, generator=generator, device=weight.device, dtype=weight.dtype)
+        expected = F.linear(x, weight).float()
+        error = (self.op(x, packed).float() - expected).norm()
+        return packed, float(error / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 class WeightStore:
@@ -81,7 +106,7 @@ class WeightStore:
                 self.release(program, name)
             for pack in program.packs.values():
                 for row in pack.rows:
-                    row.error = self.errors[pack.key]
+                    row.error = self.errors.get(pack.key)
                 for name, tensor in zip(pack.names, self.packed[pack.key], strict=True):
                     self.publish(name, tensor)
                     set_attribute(program.graph_module, name, tensor)
@@ -104,32 +129,13 @@ class WeightStore:
                     f"the weight {name} is on the meta device: it was never loaded, or was handed over and packed "
                     "before; give the loaded model, or hand it over only once its shapes are captured"
                 )
-            if not all_finite(tensor):
-                bad = (~torch.isfinite(tensor.detach())).nonzero()[0].tolist()
-                raise WeightError(
-                    f"the weight {name} holds NaN or inf, first at {bad}: nothing was packed; "
-                    f"repair the checkpoint, or exclude it with the rule {name.removesuffix('.weight')}:none"
-                )
+            check_finite(name, tensor)
 
-    @torch.no_grad()
     def pack(self, pack: Pack, program: Program) -> None:
         weight = pack.weight.evaluate(lambda name: program.constants[name].detach().to(self.device))
-        if pack.op is None:
-            self.packed[pack.key] = pack.function(weight)
-            return
-        if not all_finite(weight):  # its leaves are, but not what is computed from them
-            raise WeightError(
-                f"the weight {pack.weight} is computed from finite values, but holds NaN or inf; exclude it with "
-                f"the rule {pack.rows[0].name}:none"
-            )
-        packed = tuple(pack.function(weight))
-        generator = torch.Generator(self.device).manual_seed(0)
-        tokens = PROBE_TOKENS, weight.shape[1]
-        x = torch.randn(tokens, generator=generator, device=self.device, dtype=weight.dtype)
-        expected = F.linear(x, weight).float()
-        error = (pack.op(x, packed).float() - expected).norm()
-        self.errors[pack.key] = float(error / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
-        self.packed[pack.key] = packed
+        self.packed[pack.key], error = pack.run(weight)
+        if error is not None:
+            self.errors[pack.key] = error
 
     def keep(self, program: Program, name: str) -> Tensor:
         """The unpacked tensor of a program, on the device."""
@@ -151,6 +157,16 @@ class WeightStore:
             for group in (module._parameters, module._buffers):
                 if (tensor := group.get(leaf)) is not None:
                     group[leaf] = meta_like(tensor)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises `WeightError` for a weight with NaN or inf."""
+    if not all_finite(tensor):
+        bad = (~torch.isfinite(tensor.detach())).nonzero()[0].tolist()
+        raise WeightError(
+            f"the weight {name} holds NaN or inf, first at {bad}: nothing was packed; "
+            f"repair the checkpoint, or exclude it with the rule {name.removesuffix('.weight')}:none"
+        )
 
 
 def all_finite(tensor: Tensor) -> bool:

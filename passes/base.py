@@ -81,13 +81,14 @@ def swap(
     the same scheme share what is packed.
     """
     weight, like = Expression.of(site.weight), site.weight.meta["val"]
-    key = f"{op.name}|{site.scheme}|{weight}"
+    kind = f"{op.name}|{site.scheme}"
+    key = f"{kind}|{weight}"
     with like.fake_mode:
         fakes = function(like)
     if key not in program.packs:
         fields = [a.name for a in op.overload._schema.arguments[1 : 1 + len(fakes)]]
         names = constant_names(program, weight.leaves, fields)
-        program.packs[key] = Pack(key, weight, function, names, lambda x, packed: op(x, *packed, *rest, None), [])
+        program.packs[key] = Pack(kind, weight, function, names, lambda x, packed: op(x, *packed, *rest, None), [])
     pack = program.packs[key]
     pack.rows += site.rows
 

@@ -15,20 +15,22 @@ LARGEST = 1 << 20  # bytes; what is larger would cost memory for little
 
 
 class FoldConstants(Pass):
-    """Largest constant expressions first; views stay, as they cost nothing."""
+    """Largest constant expressions first; views stay, as they cost nothing, and so does what gradients train."""
 
     name = "fold_constants"
     stage = Stage.LOWER
 
     def run(self, program: Program, context) -> int:
-        folded = 0
+        folded, weights = 0, program.weights
         for node in list(program.graph.nodes):
             if foldable(node) and not all(map(constant, node.users)) and not returned(node):
                 expression = Expression.of(node)
+                if any(weights[name].meta.get("trained") for name in expression.leaves):
+                    continue
                 key = f"constant|{expression}"
                 if key not in program.packs:
                     names = constant_names(program, expression.leaves, ["folded"])
-                    program.packs[key] = Pack(key, expression, identity, names)
+                    program.packs[key] = Pack("constant", expression, identity, names)
                 (new,) = packed_nodes(program, program.packs[key], [node.meta["val"]], node)
                 node.replace_all_uses_with(new)
                 folded += 1

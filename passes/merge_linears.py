@@ -30,7 +30,8 @@ class MergeLinears(Pass):
         groups: dict[tuple, list[Site]] = defaultdict(list)
         for site in program.sites:
             if site.scheme is not None and (site.bias is None or is_vector(site.bias)):
-                groups[site.x, site.scheme, site.dtype, site.bias is None].append(site)
+                recorded = site.node.meta.get("grad", False)  # a region without gradients stays one
+                groups[site.x, site.scheme, site.dtype, site.bias is None, recorded].append(site)
         siblings = [g for g in groups.values() if len(g) > 1 and written(g[0].x) is None]
 
         # A weight that serves several groups, or one place alone, would be packed more than once.

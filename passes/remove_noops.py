@@ -31,13 +31,18 @@ def never_written(m: Match) -> bool | str:
     return not (written(source) or written(m.root)) or "one of the two is written in place"
 
 
+def without_gradients(m: Match) -> bool | str:
+    """A detach says nothing only where no gradients are recorded."""
+    return not m.root.meta.get("grad") or "gradients are recorded here"
+
+
 def first(m: Match, g: Builder) -> Node:
     return m.x
 
 
 RULES = [
-    Rule("detach", P(aten.detach, x), first),
-    Rule("detach_", P(aten.detach_, x), first),
+    Rule("detach", P(aten.detach, x, where=without_gradients), first),
+    Rule("detach_", P(aten.detach_, x, where=without_gradients), first),
     Rule("alias", P(aten.alias, x), first),
     Rule("lift_fresh_copy", P(aten.lift_fresh_copy, x, where=never_written), first),
     Rule("clone", P(aten.clone, x, where=(never_written, same_kind)), first),

@@ -273,7 +273,7 @@ class Builder:
 
 def inherit(new: Node, old: Node) -> Node:
     """Gives a new node the provenance of an old one, and its own `meta["val"]`."""
-    new.meta = {k: v for k, v in old.meta.items() if k in ("nn_module_stack", "stack_trace", "origin", "operator")}
+    new.meta = {k: v for k, v in old.meta.items() if k in ("nn_module_stack", "stack_trace", "origin", "operator", "grad")}
     new.meta["val"] = propagate(new)
     return new
 

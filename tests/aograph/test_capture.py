@@ -22,7 +22,7 @@ def through_dynamo(model, inputs):
     seen = []
 
     def backend(graph_module, example_inputs):
-        seen.append(from_dynamo(graph_module, example_inputs, model))
+        seen.append(from_dynamo(graph_module, example_inputs).program)
         return graph_module.forward
 
     with torch.no_grad(), no_fast_paths():
