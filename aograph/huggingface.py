@@ -1,23 +1,22 @@
-"""What Hugging Face models need. Importing this imports no transformers."""
+"""What Hugging Face models need: their folders, and their caches as inputs and outputs of graphs.
+
+Importing this imports no transformers.
+"""
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .errors import InputError
-
-
-def register_pytrees() -> None:
-    """Lets cache objects of transformers, if that is imported, go in and out of captured graphs."""
-    if "transformers" in sys.modules:
-        from transformers.integrations.executorch import register_dynamic_cache_export_support
-
-        register_dynamic_cache_export_support()
 
 
 def load(folder: Path, dtype: torch.dtype | None, tokens: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -44,3 +43,139 @@ def load(folder: Path, dtype: torch.dtype | None, tokens: int) -> tuple[nn.Modul
     ids = torch.arange(2 * tokens).view(2, tokens) % text.vocab_size
     inputs: dict[str, Any] = {name: ids}
     return model, inputs | ({"use_cache": False} if hasattr(text, "use_cache") else {})
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether a model is one of transformers; none is before that is imported."""
+    return "transformers" in sys.modules and isinstance(model, sys.modules["transformers"].PreTrainedModel)
+
+
+# --- caches as pytrees -------------------------------------------------------------------------------------
+#
+# The leaves of a cache are tensors alone. Numbers that change from call to call, such as how many tokens were seen,
+# travel as the size of a tensor [n, 0]: sizes are what torch.export makes symbolic, so one graph serves all of them.
+# What remains in the context says which graphs a call fits: the kinds of layers and their settings.
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What the layers of one class hold besides keys and values, by the names of their attributes: numbers that
+    change from call to call, and settings that do not. Static ones are written in place and count in a tensor."""
+
+    static: bool = False
+    numbers: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+
+
+LAYERS = {
+    "DummyLayer": LayerKind(),
+    "DynamicLayer": LayerKind(),
+    "DynamicSlidingWindowLayer": LayerKind(
+        numbers=("cumulative_length",), settings=("sliding_window", "record_past")
+    ),
+    "StaticLayer": LayerKind(static=True),
+    "StaticSlidingWindowLayer": LayerKind(static=True, numbers=("cumulative_length_int",)),
+}
+
+
+def flatten_layer(layer: Any) -> tuple[list[Tensor], list[Any]]:
+    """The tensors of a cache layer, and its context: class, whether it is filled, settings."""
+    name = type(layer).__name__
+    if name not in LAYERS:
+        raise InputError(
+            f"a cache with layers of the class {name} cannot go in or out of a captured graph; "
+            f"those that can: {', '.join(LAYERS)}"
+        )
+    kind, filled = LAYERS[name], layer.keys is not None
+    device = layer.keys.device if filled else None
+    leaves = [layer.keys, layer.values] if filled else []
+    if kind.static:
+        leaves.append(layer.cumulative_length if filled else torch.empty(layer.max_cache_len, 0))
+    leaves += [torch.empty(getattr(layer, number), 0, device=device) for number in kind.numbers]
+    return leaves, [name, filled, {setting: getattr(layer, setting) for setting in kind.settings}]
+
+
+def unflatten_layer(leaves: Iterator[Any], context: list[Any]) -> Any:
+    """The layer that a context describes; takes its tensors from `leaves`."""
+    name, filled, settings = context
+    kind, state = LAYERS[name], dict(settings)
+    if filled:
+        keys, values = next(leaves), next(leaves)
+        state |= {"keys": keys, "values": values, "is_initialized": True, "dtype": keys.dtype, "device": keys.device}
+    if kind.static:
+        last = next(leaves)
+        capacity = keys.shape[2] if filled else last.shape[0]
+        settings = {"max_cache_len": capacity, "sliding_window": capacity}
+    if kind.static and filled:
+        sizes = dict(zip(("batch_size", "num_heads", "max_cache_len", "k_head_dim"), keys.shape, strict=True))
+        state |= {"cumulative_length": last, "v_head_dim": values.shape[-1], **sizes}
+    layer = getattr(sys.modules["transformers.cache_utils"], name)(**settings)
+    vars(layer).update(state, **{number: next(leaves).shape[0] for number in kind.numbers})
+    return layer
+
+
+def flatten_layers(cache: Any) -> tuple[list[Tensor], list[Any]]:
+    if cache.offloading:
+        raise InputError("a cache that offloads its layers cannot go in or out of a captured graph")
+    parts = [flatten_layer(layer) for layer in cache.layers]
+    return [leaf for leaves, _ in parts for leaf in leaves], [context for _, context in parts]
+
+
+def unflatten_layers(kind: type, leaves: Iterable[Any], context: list[Any]) -> Any:
+    """A cache of a class that is a list of layers; a dynamic one that has none yet adds them as they are needed."""
+    waiting = iter(leaves)
+    cache = kind.__new__(kind)
+    cache.layers = [unflatten_layer(waiting, each) for each in context]
+    cache.layer_class_to_replicate = None if context else sys.modules["transformers.cache_utils"].DynamicLayer
+    cache.offloading = False
+    return cache
+
+
+def flatten_pair(cache: Any) -> tuple[list[Any], list[Any]]:
+    """The two caches of an encoder-decoder model; whether the cross-attention of each layer is filled is context."""
+    return [cache.self_attention_cache, cache.cross_attention_cache], sorted(map(list, cache.is_updated.items()))
+
+
+def unflatten_pair(kind: type, caches: Iterable[Any], context: list[Any]) -> Any:
+    cache = kind.__new__(kind)
+    cache.self_attention_cache, cache.cross_attention_cache = caches
+    cache.is_updated = {layer: updated for layer, updated in context}
+    return cache
+
+
+CACHES = {
+    "DynamicCache": (flatten_layers, unflatten_layers),
+    "StaticCache": (flatten_layers, unflatten_layers),
+    "EncoderDecoderCache": (flatten_pair, unflatten_pair),
+}
+
+
+def register_pytrees() -> None:
+    """Lets cache objects of transformers, if that is imported, go in and out of captured graphs.
+
+    Replaces what others have registered for these classes: transformers' own forms leave out how far a sliding window
+    has moved, copy the cache at every call, or hold numbers that fit one call only.
+    """
+    if "transformers" not in sys.modules:
+        return
+    from transformers import cache_utils
+
+    for name, (flatten, unflatten) in CACHES.items():
+        kind = getattr(cache_utils, name)
+        known = pytree.SUPPORTED_NODES.get(kind)
+        if known is not None and known.flatten_fn is flatten:
+            continue
+        if known is not None:
+            pytree._deregister_pytree_node(kind)
+        pytree.register_pytree_node(
+            kind,
+            flatten,
+            functools.partial(unflatten, kind),
+            serialized_type_name=f"{kind.__module__}.{name}",
+            flatten_with_keys_fn=functools.partial(with_keys, flatten),
+        )
+
+
+def with_keys(flatten: Callable[[Any], tuple[list[Any], Any]], cache: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    children, context = flatten(cache)
+    return [(pytree.SequenceKey(i), child) for i, child in enumerate(children)], context
