@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .errors import WeightError
 from .expression import Expression
-from .program import Program, set_attribute
+from .program import Program, get_attribute, set_attribute
 from .report import Row
 
 PROBE_TOKENS = 16
@@ -65,18 +65,29 @@ class Pack:
         return packed, float(error / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
+class Source(Protocol):
+    """Where the tensors of a model come from that is on the meta device, such as a checkpoint."""
+
+    def original(self, name: str) -> Tensor:
+        """The model's tensor of that name, on the device and in memory of its own. Raises `WeightError`."""
+
+    def packed(self, key: str) -> tuple[tuple[Tensor, ...], float | None] | None:
+        """What a pack of that key holds, on the device, and its error, if the source has it packed already."""
+
+
 class WeightStore:
     """The tensors that the programs of one model run on.
 
-    Originals come from the programs' constants (which share the model's storage). What a program packs is made
-    once and shared by key; what it uses unpacked is shared with the model if that is on the device already, except
-    that buffers which graphs write are copied, so that the model's own never change.
+    Originals come from the programs' constants (which share the model's storage), or, for a model on meta, from
+    `source`, one at a time. What a program packs is made once and shared by key; what it uses unpacked is shared
+    with the model if that is on the device already, except that buffers which graphs write are copied, so that the
+    model's own never change.
 
     With `hand_over`, an original is released as soon as no program needs it: the model's tensor moves to meta.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, hand_over: bool):
-        self.device = device
+    def __init__(self, model: nn.Module, device: torch.device, hand_over: bool, source: Source | None = None):
+        self.device, self.source = device, source
         self.model: nn.Module | None = model if hand_over else None
         self.kept: dict[str, Tensor] = {}  # unpacked, on the device
         self.packed: dict[str, tuple[Tensor, ...]] = {}  # by key
@@ -87,7 +98,8 @@ class WeightStore:
     def materialize(self, program: Program, progress: bool = True) -> None:
         """Packs what is not packed yet, puts all tensors where the graph looks for them, releases originals.
 
-        Raises `WeightError` for a weight with NaN or inf, before anything is packed or released.
+        Raises `WeightError` for a weight with NaN or inf, before anything is packed or released; what a source gives
+        is read once, so it is checked when its turn comes.
         """
         with self.lock:
             missing = [p for p in program.packs.values() if p.key not in self.packed]
@@ -121,27 +133,47 @@ class WeightStore:
             if self.names.setdefault(name + suffix, tensor) is tensor:
                 return
 
+    def original(self, program: Program, name: str) -> Tensor:
+        """A tensor of the model: the program's own or, where that is on meta, the model's or what the source gives."""
+        tensor = program.constants[name]
+        if tensor.is_meta and self.source is not None:
+            return self.source.original(name)
+        if tensor.is_meta and self.model is not None:  # partly handed over, so that it was captured on meta
+            tensor = get_attribute(self.model, name)
+        if tensor.is_meta:
+            raise WeightError(
+                f"the weight {name} is on the meta device: it was never loaded, or was handed over and packed "
+                "before; give the loaded model, or hand it over only once its shapes are captured"
+            )
+        return tensor.detach()
+
     def check_finite(self, program: Program, packs: list[Pack]) -> None:
         for name in dict.fromkeys(n for p in packs if p.op is not None for n in p.weight.leaves):
-            tensor = program.constants[name]
-            if tensor.is_meta:
-                raise WeightError(
-                    f"the weight {name} is on the meta device: it was never loaded, or was handed over and packed "
-                    "before; give the loaded model, or hand it over only once its shapes are captured"
-                )
-            check_finite(name, tensor)
+            if not self.streamed(program, name):
+                check_finite(name, self.original(program, name))
+
+    def streamed(self, program: Program, name: str) -> bool:
+        """Whether a tensor has to be read from the source each time that it is needed."""
+        return self.source is not None and program.constants[name].is_meta
 
     def pack(self, pack: Pack, program: Program) -> None:
-        weight = pack.weight.evaluate(lambda name: program.constants[name].detach().to(self.device))
-        self.packed[pack.key], error = pack.run(weight)
+        def leaf(name: str) -> Tensor:
+            tensor = self.original(program, name).to(self.device)
+            if pack.op is not None and self.streamed(program, name):
+                check_finite(name, tensor)
+            return tensor
+
+        found = self.source.packed(pack.key) if self.source is not None else None
+        self.packed[pack.key], error = found or pack.run(pack.weight.evaluate(leaf))
         if error is not None:
             self.errors[pack.key] = error
 
     def keep(self, program: Program, name: str) -> Tensor:
         """The unpacked tensor of a program, on the device."""
         if name not in self.kept:
-            tensor = program.constants[name].detach().to(self.device)
-            own = self.model is not None or tensor.data_ptr() != program.constants[name].data_ptr()
+            original = self.original(program, name)
+            tensor = original.to(self.device)
+            own = self.model is not None or tensor.data_ptr() != original.data_ptr()
             self.kept[name] = tensor.clone() if name in program.mutated and not own else tensor
         return self.kept[name]
 
