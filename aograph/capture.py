@@ -176,7 +176,7 @@ def from_dynamo(
     Dynamo trace under `no_fast_paths`, or the linears of `nn.TransformerEncoder` stay hidden (and are near misses in
     the report).
 
-    Where gradients are recorded, nodes say so in `meta["grad"]`, and weights that need them in `meta["trained"]`.
+    Where gradients are recorded, nodes say so in `meta["grad"]`.
     """
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     fakes = [n.meta["example_value"] for n in placeholders]
@@ -202,7 +202,7 @@ def from_dynamo(
         set_attribute(traced, name, real)
         with traced.graph.inserting_before(node):
             weight = traced.graph.get_attr(name)
-        weight.meta = {**node.meta, "trained": records and real.requires_grad, "source": source}
+        weight.meta = {**node.meta, "source": source}
         node.replace_all_uses_with(weight)
         traced.graph.erase_node(node)
     for node in traced.graph.find_nodes(op="get_attr"):

@@ -22,8 +22,8 @@ import fnmatch
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -170,17 +170,26 @@ class Recipe:
 
     def check_selectors(self, candidates: Iterable[Candidate]) -> None:
         """Raises `RecipeError` for a rule with selectors that matches no candidate and is not optional."""
+        for complaint in self.unmatched(candidates):
+            raise RecipeError(complaint)
+
+    def unmatched(self, candidates: Iterable[Candidate]) -> Iterator[str]:
+        """A complaint for each rule with selectors that matches no candidate and is not optional."""
         candidates = list(candidates)
         for i, rule in enumerate(self.rules, 1):
             if not rule.selective or rule.optional or any(rule.matches(c) is not False for c in candidates):
                 continue
-            for key in SELECTORS[:3]:
+            found = f"among {len(candidates)} candidates"
+            for key in reversed(SELECTORS[:3]):
                 wanted = getattr(rule, key)
                 seen = list(dict.fromkeys(getattr(c, key) for c in candidates))
                 if wanted is not None and not any(Rule(rule.scheme, **{key: wanted}).matches(c) for c in candidates):
                     found = f"no {key} {wanted!r}; {nearest(wanted, seen)}"
-                    raise RecipeError(f"rule {i} ({rule}) matches nothing: {found}")
-            raise RecipeError(f"rule {i} ({rule}) matches nothing among {len(candidates)} candidates")
+            yield f"rule {i} ({rule}) matches nothing: {found}"
+
+    def lenient(self) -> Recipe:
+        """The same, with all rules optional: for graphs that are parts of a model."""
+        return Recipe(tuple(replace(rule, optional=True) for rule in self.rules))
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.rules))

@@ -21,11 +21,11 @@ class FoldConstants(Pass):
     stage = Stage.LOWER
 
     def run(self, program: Program, context) -> int:
-        folded, weights = 0, program.weights
+        folded = 0
         for node in list(program.graph.nodes):
             if foldable(node) and not all(map(constant, node.users)) and not returned(node):
                 expression = Expression.of(node)
-                if any(weights[name].meta.get("trained") for name in expression.leaves):
+                if node.meta.get("grad") and any(program.constants[n].requires_grad for n in expression.leaves):
                     continue
                 key = f"constant|{expression}"
                 if key not in program.packs:

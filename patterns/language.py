@@ -271,9 +271,12 @@ class Builder:
         return inherit(new, self.node)
 
 
+PROVENANCE = ("nn_module_stack", "stack_trace", "origin", "operator", "grad")
+
+
 def inherit(new: Node, old: Node) -> Node:
     """Gives a new node the provenance of an old one, and its own `meta["val"]`."""
-    new.meta = {k: v for k, v in old.meta.items() if k in ("nn_module_stack", "stack_trace", "origin", "operator", "grad")}
+    new.meta = {k: v for k, v in old.meta.items() if k in PROVENANCE}
     new.meta["val"] = propagate(new)
     return new
 

@@ -1,0 +1,254 @@
+"""The other door: `torch.compile(model, backend="aograph", options={"recipe": …})`.
+
+Dynamo hands over a graph; it becomes a `Program`, goes through the same pipeline as an exported model, and Inductor
+compiles it with the packed weights as inputs (`aograph.frozen` fills them in at every call). A graph of which nothing
+is rewritten goes to Inductor as it came. All that this project asks of torch's private modules is in this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import uuid
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._inductor.config as inductor_config
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from . import pipeline
+from .capture import DynamoGraph, from_dynamo
+from .cost import roofline
+from .errors import AographError, InputError, RecipeError
+from .frozen import Frozen
+from .kernels.op import OPS
+from .program import Program
+from .recipe import Recipe
+from .report import Report
+from .schemes import nearest
+
+log = logging.getLogger(__name__)
+
+STATIC = {"_dynamo_static_input_type": "unguarded"}  # how Dynamo marks inputs that stay where they are, as weights do
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `options` may hold besides Inductor's own settings.
+
+    recipe: as for `aograph.optimize`. mode: Inductor's mode ("reduce-overhead", "max-autotune" …), which
+    `torch.compile` does not take together with options. release: free the originals once they are packed, where no
+    graph reads them; their modules then refuse `state_dict()`. report: called with the `Report` of each graph once its
+    weights are packed. strict: a graph of which nothing is rewritten is an error. disable, dump: names of passes to
+    leave out; a folder for diffs. model: the module whose qualified names rules and reports use; without it, names
+    start at the module whose `forward` Dynamo traced. inductor: Inductor's settings, by name.
+    """
+
+    recipe: Recipe
+    mode: str | None = None
+    release: bool = False
+    report: Callable[[Report], Any] | None = None
+    strict: bool = False
+    disable: Collection[str] = ()
+    dump: Any = None
+    model: nn.Module | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, mode: str | None, options: Mapping[str, Any] | None) -> Options:
+        """From what users give to `torch.compile`. Raises `InputError` or `RecipeError` for what is no option."""
+        own = {f.name for f in dataclasses.fields(cls)} - {"inductor"}
+        known = torch._inductor.list_options()
+        given: dict[str, Any] = {"mode": mode, "recipe": "int4wo", **(options or {})}
+        for key in given.keys() - own:
+            if key.replace("-", "_") not in known:
+                raise InputError(f"unknown option {key!r} for aograph; {nearest(key, [*sorted(own), *known])}")
+        modes = torch._inductor.list_mode_options()
+        if given["mode"] not in (None, "default", *modes):
+            raise InputError(f"unknown mode {given['mode']!r}; {nearest(given['mode'], ['default', *modes])}")
+        settings = {key: given[key] for key in given.keys() & own}
+        inductor = {key.replace("-", "_"): given[key] for key in given.keys() - own}
+        for key, value in inductor.items():
+            wanted = type(getattr(inductor_config, key, value))
+            if wanted in (bool, int, str) and not isinstance(value, wanted):
+                found = type(value).__name__
+                raise InputError(f"option {key}={value!r} is a {found}; Inductor takes {wanted.__name__}")
+        preset = modes.get(given["mode"], {}) if given["mode"] else {}
+        return cls(**settings | {"recipe": Recipe.of(given["recipe"])}, inductor={**preset, **inductor})
+
+
+def backend(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compiles one of Dynamo's graphs; registered with torch as "aograph". See `Options`.
+
+    What cannot be compiled raises its `AographError` at the call, not wrapped into an error of Dynamo's.
+    """
+    try:
+        return compiled(graph_module, example_inputs, Options.of(mode, options))
+    except AographError as error:
+        return raising(error)
+
+
+def reset() -> None:
+    """Forgets CUDA graphs, as `torch.compiler.reset()` asks backends to."""
+    if torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+backend.reset = reset  # type: ignore[attr-defined]
+
+
+def raising(error: AographError) -> Callable[..., Any]:
+    def fail(*_: Any) -> Any:
+        raise type(error)(*error.args)
+
+    return fail
+
+
+def compiled(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    settings = {**options.inductor, **cached_as(options)}
+    as_it_came = lambda: torch._inductor.compile(graph_module, list(example_inputs), options=settings)  # noqa: E731
+    if not any(isinstance(value, Tensor) for value in example_inputs):
+        return as_it_came()
+    if autocast(graph_module):
+        complain("the graph runs under autocast, where nothing is rewritten: cast the model instead", options.strict)
+        return as_it_came()
+
+    dynamo = from_dynamo(graph_module, example_inputs, options.model)
+    program = dynamo.program
+    report = pipeline.run(program, options.recipe.lenient(), disable=options.disable, dump=options.dump)
+    report.roofline = roofline(str(device_of(program)))
+    log.info("%s", report.summary())
+    for rule in options.recipe.unmatched(report.rows) if report.rows else ():
+        complain(f"{rule}, in this graph", strict=False)
+    if not report.rewritten:
+        if report.rows:
+            reasons = "; ".join(dict.fromkeys(note for row in report.rows for note in row.notes[:1]))
+            complain(f"the recipe {str(options.recipe)!r} rewrote nothing of this graph: {reasons}", options.strict)
+        if options.report:
+            options.report(report)
+        return as_it_came()
+    check_untrained(program)
+    return lowered(dynamo, graph_module, example_inputs, report, options, settings)
+
+
+def lowered(
+    dynamo: DynamoGraph,
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    report: Report,
+    options: Options,
+    settings: dict[str, Any],
+) -> Callable[..., Any]:
+    """The rewritten program under Inductor: weights are inputs again, packed ones filled in at each call."""
+    program = dynamo.program
+    packs = list(program.packs.values())
+    unpacked = [name for name in program.weights if name in dynamo.weights]
+    own = {name: tensor for name, tensor in program.constants.items() if name not in dynamo.weights}
+    position = dynamo.weights
+
+    def leaf(name: str, inputs: Sequence[Any]) -> Tensor:
+        return inputs[position[name]] if name in position else own[name]
+
+    frozen = Frozen(packs, unpacked, leaf, options.release)
+    taken = [*dynamo.inputs, *(position[name] for name in unpacked)]
+    fakes = weights_to_inputs(program, [*unpacked, *(name for pack in packs for name in pack.names)])
+    module = GraphModule(program.graph_module, program.graph)
+    module.meta.update(graph_module.meta)
+    module._param_name_to_source = getattr(graph_module, "_param_name_to_source", {})  # type: ignore[assignment]
+    run = torch._inductor.compile(
+        module, [*(example_inputs[i] for i in taken), *fakes[len(unpacked) :]], options=settings
+    )
+    waiting = [options.report] if options.report else []
+
+    def call(*inputs: Any) -> Any:
+        tensors = frozen(inputs)
+        while waiting:
+            waiting.pop()(report)
+        return run(*(inputs[i] for i in taken), *tensors)
+
+    return call
+
+
+def weights_to_inputs(program: Program, names: Sequence[str]) -> list[Tensor]:
+    """Makes weights the last inputs of the graph, in this order; their fake tensors."""
+    nodes = program.weights
+    anchor = program.inputs[-1] if program.inputs else None
+    fakes = []
+    for name in names:
+        old = nodes[name]
+        with program.graph.inserting_after(anchor) if anchor else program.graph.inserting_before():
+            anchor = program.graph.placeholder(name.replace(".", "_"))
+        anchor.meta = {**old.meta, "tensor_dict": old.meta.get("tensor_dict", STATIC)}
+        anchor._dynamo_source = old.meta.get("source")
+        old.replace_all_uses_with(anchor)
+        program.graph.erase_node(old)
+        fakes.append(anchor.meta["val"])
+    return fakes
+
+
+def check_untrained(program: Program) -> None:
+    """Raises `InputError` if gradients are wanted for a weight that is packed."""
+    packed = dict.fromkeys(name for pack in program.packs.values() for name in pack.weight.leaves)
+    trained = [name for name in packed if torch.is_grad_enabled() and program.constants[name].requires_grad]
+    if trained:
+        raise InputError(
+            f"gradients are needed for {len(trained)} weights that the recipe packs, first {trained[0]}: call the "
+            "model under torch.no_grad(), freeze them with requires_grad_(False), or exclude them with a rule such as "
+            f"{trained[0].removesuffix('.weight')}:none"
+        )
+
+
+def autocast(graph_module: GraphModule) -> bool:
+    """Whether a graph runs under autocast, wholly or in part."""
+    inside = any(getattr(node.target, "__name__", "") == "_enter_autocast" for node in graph_module.graph.nodes)
+    return inside or any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+
+
+def device_of(program: Program) -> torch.device:
+    return next((t.device for t in program.constants.values()), torch.device("cpu"))
+
+
+def complain(message: str, strict: bool) -> None:
+    if strict:
+        raise RecipeError(message)
+    warnings.warn(message, stacklevel=2)
+
+
+# --- compilation caches ------------------------------------------------------------------------------------
+
+
+def cached_as(options: Options) -> dict[str, Any]:
+    """The setting by which Inductor's and AOTAutograd's caches know what stands behind aograph's operators."""
+    marked = {**inductor_config.unsafe_marked_cacheable_functions, "aograph": cache_key(options)}
+    return {"unsafe_marked_cacheable_functions": marked}
+
+
+def cache_key(options: Options) -> str:
+    """A hash of all that decides what a rewritten graph computes, besides the graph itself."""
+    from . import __version__
+
+    try:
+        recipe = options.recipe.to_toml()
+    except RecipeError:  # a predicate that is a function has no text
+        recipe = uuid.uuid4().hex
+    parts = {
+        "package": __version__,
+        "recipe": recipe,
+        "disable": sorted(options.disable),
+        "ops": {op.qualified_name: op.version for op in OPS.values()},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
