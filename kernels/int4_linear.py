@@ -41,6 +41,7 @@ def _(x: Tensor, q: Tensor, scale_zero: Tensor, group_size: int, out_features: i
     return int4_linear.fit(x, N, K, group_size, *expected)
 
 
+@int4_linear.packing
 def pack(weight: Tensor, group_size: int = 64, algorithm: str = "minmax") -> tuple[Tensor, Tensor]:
     """weight [N, K] float -> q [P, K, 32] uint8 and scale_zero [K/g, 64P, 2] in the weight's dtype.
 
@@ -98,7 +99,7 @@ def aten(case: Case) -> bool | str:
     return linear.aten(case, ATEN_TOKENS)
 
 
-@int4_linear.implementation("aten", supports=aten)
+@int4_linear.implementation("aten", supports=aten, standalone=True)
 def _(x, q, scale_zero, group_size, out_features, bias=None):
     P, K, _ = q.shape
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, q.view(P * PANEL, K // 2), group_size, scale_zero)
@@ -106,14 +107,14 @@ def _(x, q, scale_zero, group_size, out_features, bias=None):
     return y.contiguous() if bias is None else y + bias
 
 
-@int4_linear.implementation("triton", supports=linear.triton)
+@int4_linear.implementation("triton", supports=linear.triton, standalone=True)
 def _(x, q, scale_zero, group_size, out_features, bias=None):
     from . import triton_linear
 
     return triton_linear.int4_linear(x, q, scale_zero, group_size, out_features, bias)
 
 
-@int4_linear.implementation("dequantize", supports=lambda case: True)
+@int4_linear.implementation("dequantize", supports=lambda case: True, standalone=True)
 def dequantize(x, q, scale_zero, group_size, out_features, bias=None):
     if linear.slow_half(x):
         return linear.in_fp32(dequantize, x, q, scale_zero, group_size, out_features, bias)

@@ -25,6 +25,7 @@ def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Case:
     return int8_linear.fit(x, N, K, None, *expected)
 
 
+@int8_linear.packing
 def pack(weight: Tensor, algorithm: str = "minmax") -> tuple[Tensor, Tensor]:
     """weight [N, K] float -> q [N, K] int8 and scale [N] in the weight's dtype.
 
@@ -51,20 +52,20 @@ def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor
     return cpu_native.int8_linear(x, q, scale, bias)
 
 
-@int8_linear.implementation("aten", supports=lambda case: linear.aten(case, ATEN_TOKENS))
+@int8_linear.implementation("aten", supports=lambda case: linear.aten(case, ATEN_TOKENS), standalone=True)
 def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     y = torch.ops.aten._weight_int8pack_mm(x, q, scale)
     return y if bias is None else y.add_(bias)
 
 
-@int8_linear.implementation("triton", supports=linear.triton)
+@int8_linear.implementation("triton", supports=linear.triton, standalone=True)
 def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     from . import triton_linear
 
     return triton_linear.int8_linear(x, q, scale, bias)
 
 
-@int8_linear.implementation("dequantize", supports=lambda case: True)
+@int8_linear.implementation("dequantize", supports=lambda case: True, standalone=True)
 def dequantize(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     N = q.shape[0]
     if linear.slow_half(x):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_native
-from .op import Case, Op, capability, need
+from .op import Case, Implementation, Op, capability, need
 
 TRITON = find_spec("triton") is not None  # imported at its first use only: that takes a while
 FEW_TOKENS = 128  # from here on a GPU dequantizes the weight once and multiplies with cuBLAS
@@ -28,9 +28,11 @@ class LinearOp(Op):
         case = self.case_of(*args)
         if not case.M:
             return x.new_empty(*x.shape[:-1], case.N)
-        choice = self[implementation] if implementation else self.choose(case)
-        rows = x.reshape(case.M, case.K).contiguous()
-        return choice.function(rows, *weight).view(*x.shape[:-1], case.N)
+        return self.apply(self[implementation] if implementation else self.choose(case), x, *weight)
+
+    def apply(self, choice: Implementation, x: Tensor, *weight) -> Tensor:
+        y = choice.function(x.reshape(-1, x.shape[-1]).contiguous(), *weight)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def like(self, x: Tensor, *weight) -> Tensor:
         """An empty y of the right shape: the op's fake."""
@@ -78,11 +80,14 @@ def matmul_by_blocks(
 ) -> Tensor:
     """x [M, K] times W.T, where `weight(rows)` gives the columns [K, rows] of W.T: y [M, N].
 
-    Block after block of rows, a multiple of `multiple`: a large dequantized weight is never there as a whole.
+    Block after block of rows, a multiple of `multiple`: a large dequantized weight is never there as a whole. Blocks
+    are large where the call is traced, as each becomes a part of the graph.
     """
+    size = LARGE_BLOCK if torch.compiler.is_exporting() else BLOCK.get(x.device.type, LARGE_BLOCK)
+    block = max(size // max(x.shape[1], 1) // multiple, 1) * multiple
+    if block >= N:
+        return torch.mm(x, weight(slice(0, N))) if bias is None else torch.addmm(bias, x, weight(slice(0, N)))
     y = x.new_empty(x.shape[0], N)
-    block = BLOCK.get(x.device.type, LARGE_BLOCK) // max(x.shape[1], 1)
-    block = max(block // multiple, 1) * multiple
     for start in range(0, N, block):
         rows = slice(start, min(start + block, N))
         if bias is None:

@@ -41,11 +41,30 @@ Supports = Callable[[Case], bool | str]
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op; `supports(case)` is True, or the reason why not."""
+    """One way to compute an op; `supports(case)` is True, or the reason why not.
+
+    standalone: it is made of torch's own operators and Triton kernels, so that a graph into which its call is traced
+    runs without this package.
+    """
 
     name: str
     function: Callable[..., Tensor]
     supports: Supports
+    standalone: bool = False
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a weight is packed, as data: `packing(weight)` is what `op.pack(weight, **settings)` gives.
+
+    An artifact writes it down, so that a loaded one can pack new weights.
+    """
+
+    op: "Op"
+    settings: dict[str, int | str]
+
+    def __call__(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return self.op.pack(weight, **self.settings)
 
 
 def need(*conditions: tuple[bool, str]) -> bool | str:
@@ -71,13 +90,13 @@ class Op:
         self.name, signature = schema[: schema.index("(")], schema[schema.index("(") :]
         self.version = version
         self.implementations: list[Implementation] = []
-        registered = self.name if version == 1 else f"{self.name}_v{version}"
-        self.qualified_name = f"aograph::{registered}"
+        self.registered = self.name if version == 1 else f"{self.name}_v{version}"
+        self.qualified_name = f"aograph::{self.registered}"
         torch.library.define(self.qualified_name, signature, tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(self.qualified_name, "default", self.run)
-        self.overload = getattr(torch.ops.aograph, registered).default
+        self.overload = getattr(torch.ops.aograph, self.registered).default
         self.choose = lru_cache(maxsize=4096)(self._choose)
-        OPS[registered] = self
+        OPS[self.registered] = self
 
     def __repr__(self) -> str:
         return f"Op({self.qualified_name})"
@@ -89,7 +108,7 @@ class Op:
 
     def reference(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Decorator: the meaning of the op, on any device."""
-        self.oracle = Implementation("reference", function, lambda case: True)
+        self.oracle = Implementation("reference", function, lambda case: True, standalone=True)
         return function
 
     def fake(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -102,11 +121,16 @@ class Op:
         self.case_of = function
         return function
 
-    def implementation(self, name: str, *, supports: Supports):
+    def packing(self, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        """Decorator: how a weight [N, K] becomes the packed arguments; other parameters are numbers or text."""
+        self.pack = function
+        return function
+
+    def implementation(self, name: str, *, supports: Supports, standalone: bool = False):
         """Decorator: a way to compute the op, preferred to all that register after it."""
 
         def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            self.implementations.append(Implementation(name, function, supports))
+            self.implementations.append(Implementation(name, function, supports, standalone))
             self.choose.cache_clear()
             return function
 
@@ -116,7 +140,10 @@ class Op:
 
     def run(self, *args, implementation: str | None = None) -> Tensor:
         """Compute the op by the implementation chosen for these arguments, or by the one that is named."""
-        choice = self[implementation] if implementation else self.choose(self.case_of(*args))
+        return self.apply(self[implementation] if implementation else self.choose(self.case_of(*args)), *args)
+
+    def apply(self, choice: Implementation, *args) -> Tensor:
+        """Compute the op by one of its implementations."""
         return choice.function(*args)
 
     def __getitem__(self, name: str) -> Implementation:
@@ -132,6 +159,15 @@ class Op:
     def _choose(self, case: Case) -> Implementation:
         """The first implementation that supports the case. With M unknown: one that takes any M."""
         return next(each for each in self if each.supports(case) is True)
+
+    def standalone(self, case: Case, lo: int, hi: int | None) -> Implementation | None:
+        """The implementation for a graph that runs without this package, where M goes from `lo` to `hi`.
+
+        The first in order of preference that is standalone and supports both ends of the range, None (`hi`): no end.
+        """
+        ends = [replace(case, M=M) for M in (max(lo, 1), ENDLESS if hi is None else max(lo, hi, 1))]
+        fits = (each for each in self if each.standalone and all(each.supports(end) is True for end in ends))
+        return next(fits, None)
 
     # Reports ----------------------------------------------------------------------------------------------
 

@@ -145,26 +145,37 @@ def int4_transposed(q: Tensor, scale_zero: Tensor, group_size: int) -> Tensor:
     P, K, _ = q.shape
     w = scale_zero.new_empty(K, P * PANEL)
     with torch.cuda.device_of(q):
-        int4_transposed_kernel[K // 32, P](q, scale_zero, w, K, scale_zero.stride(0), GROUP=group_size, BK=32)
+        launch(int4_transposed_kernel)[K // 32, P](q, scale_zero, w, K, scale_zero.stride(0), GROUP=group_size, BK=32)
     return w
+
+
+def launch(kernel):
+    """The kernel, to be launched; while a graph is exported, what makes the launch a part of the graph."""
+    return torch.library.wrap_triton(kernel) if torch.compiler.is_exporting() else kernel
+
+
+def largest(size: int | torch.SymInt) -> int:
+    """The size itself, or the upper bound of a dynamic one: choices by it hold for all that it can be."""
+    return size if isinstance(size, int) else int(size.node.shape_env.bound_sympy(size.node.expr).upper)
 
 
 def _linear(kernel, tiles, x: Tensor, q: Tensor, scales: Tensor, bias: Tensor | None, N: int, **layout) -> Tensor:
     M, K = x.shape
-    _, BM, BN, BK, warps, stages = next(tile for tile in tiles if tile[0] >= M)
+    most = largest(M)
+    _, BM, BN, BK, warps, stages = next(tile for tile in tiles if tile[0] >= most)
     BK = min(BK, layout.get("GROUP", BK))
     grid = triton.cdiv(N, BN), triton.cdiv(M, BM)
-    parts = _parts(grid[0] * grid[1], triton.cdiv(K, BK), _multiprocessors(x.device))
+    parts = _parts(grid[0] * triton.cdiv(most, BM), triton.cdiv(K, BK), _multiprocessors(x.device))
     k_per_part = triton.cdiv(triton.cdiv(K, BK), parts) * BK
     y = x.new_empty(M, N)
     into = y if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        kernel[*grid, parts](
+        launch(kernel)[*grid, parts](
             x, q, scales, bias, into, M, N, K, k_per_part,
             **layout, BM=BM, BN=BN, BK=BK, PARTS=parts, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if parts > 1:
-            add_parts_kernel[triton.cdiv(M * N, 512),](into, bias, y, N, M * N, PARTS=parts, BLOCK=512)
+            launch(add_parts_kernel)[triton.cdiv(M * N, 512),](into, bias, y, N, M * N, PARTS=parts, BLOCK=512)
     return y
 
 

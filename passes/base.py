@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..expression import Expression
-from ..kernels.op import Case, Op, capability
+from ..kernels.op import Case, Packing, capability
 from ..patterns.language import inherit
 from ..program import Program, Site, nbytes, set_attribute
 from ..report import REWRITTEN
@@ -67,28 +67,21 @@ class SchemePass(Pass):
         return len(sites)
 
 
-def swap(
-    program: Program,
-    site: Site,
-    op: Op,
-    function: Callable[[Tensor], tuple[Tensor, ...]],
-    *rest: Any,
-    group_size: int | None = None,
-) -> None:
-    """Puts `op(x, *packed, *rest, bias)` in place of a linear, where `packed = function(weight)`.
+def swap(program: Program, site: Site, packing: Packing, *rest: Any, group_size: int | None = None) -> None:
+    """Puts `op(x, *packed, *rest, bias)` in place of a linear, where `packed = packing(weight)`, of the packing's op.
 
-    Here the function sees only a fake weight, for shapes; the weight store runs it. Sites with the same weight and
+    Here the packing sees only a fake weight, for shapes; the weight store runs it. Sites with the same weight and
     the same scheme share what is packed.
     """
-    weight, like = Expression.of(site.weight), site.weight.meta["val"]
+    op, weight, like = packing.op, Expression.of(site.weight), site.weight.meta["val"]
     kind = f"{op.name}|{site.scheme}"
     key = f"{kind}|{weight}"
     with like.fake_mode:
-        fakes = function(like)
+        fakes = packing(like)
     if key not in program.packs:
         fields = [a.name for a in op.overload._schema.arguments[1 : 1 + len(fakes)]]
         names = constant_names(program, weight.leaves, fields)
-        program.packs[key] = Pack(kind, weight, function, names, lambda x, packed: op(x, *packed, *rest, None), [])
+        program.packs[key] = Pack(kind, weight, packing, names, lambda x, packed: op(x, *packed, *rest, None), [])
     pack = program.packs[key]
     pack.rows += site.rows
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from ..kernels.int4_linear import int4_linear, pack
+from ..kernels.int4_linear import int4_linear
+from ..kernels.op import Packing
 from ..program import Program, Site
 from ..schemes import Int4WeightOnly
 from .base import SchemePass, swap
@@ -18,5 +17,5 @@ class Int4WeightOnlyPass(SchemePass):
 
     def rewrite(self, site: Site, program: Program) -> None:
         size = site.scheme.group_size
-        function = partial(pack, group_size=size, algorithm=site.scheme.algorithm)
-        swap(program, site, int4_linear, function, size, site.N, group_size=size)
+        packing = Packing(int4_linear, {"group_size": size, "algorithm": site.scheme.algorithm})
+        swap(program, site, packing, size, site.N, group_size=size)

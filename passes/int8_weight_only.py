@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from ..kernels.int8_linear import int8_linear, pack
+from ..kernels.int8_linear import int8_linear
+from ..kernels.op import Packing
 from ..program import Program, Site
 from ..schemes import Int8WeightOnly
 from .base import SchemePass, swap
@@ -17,4 +16,4 @@ class Int8WeightOnlyPass(SchemePass):
     scheme = Int8WeightOnly
 
     def rewrite(self, site: Site, program: Program) -> None:
-        swap(program, site, int8_linear, partial(pack, algorithm=site.scheme.algorithm))
+        swap(program, site, Packing(int8_linear, {"algorithm": site.scheme.algorithm}))
