@@ -5,6 +5,7 @@ Importing this imports no transformers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -25,24 +26,43 @@ def load(folder: Path, dtype: torch.dtype | None, tokens: int) -> tuple[nn.Modul
 
     Raises `InputError` if transformers is missing, or the folder holds no model that it knows.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise InputError("a Hugging Face folder needs transformers: pip install aograph[hf]") from None
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    with readable(folder):
+        _, kind = architecture(folder)
         model = kind.from_pretrained(folder, dtype=dtype or "auto").eval()
+    return model, example_inputs(model, tokens)
+
+
+@contextlib.contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Raises `InputError` if transformers is missing, or cannot read the folder."""
+    try:
+        yield
+    except ImportError as error:
+        if error.name != "transformers":
+            raise
+        raise InputError("a Hugging Face folder needs transformers: pip install aograph[hf]") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no model that transformers can load: {error}") from error
-    name = getattr(model, "main_input_name", "input_ids")
+
+
+def architecture(folder: Path) -> tuple[Any, Any]:
+    """The config of a folder, and the class that it names."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return config, getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+
+
+def example_inputs(model: Any, tokens: int) -> dict[str, Any]:
+    """Inputs by keyword: `tokens` token ids for a batch of two, or a batch of two images."""
+    config, name = model.config, getattr(model, "main_input_name", "input_ids")
     if name == "pixel_values":
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        return model, {name: torch.zeros(2, getattr(config, "num_channels", 3), size, size, dtype=model.dtype)}
+        return {name: torch.zeros(2, getattr(config, "num_channels", 3), size, size, dtype=model.dtype)}
     text = config.get_text_config()
     ids = torch.arange(2 * tokens).view(2, tokens) % text.vocab_size
     inputs: dict[str, Any] = {name: ids}
-    return model, inputs | ({"use_cache": False} if hasattr(text, "use_cache") else {})
+    return inputs | ({"use_cache": False} if hasattr(text, "use_cache") else {})
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -179,3 +199,61 @@ def register_pytrees() -> None:
 def with_keys(flatten: Callable[[Any], tuple[list[Any], Any]], cache: Any) -> tuple[list[tuple[Any, Any]], Any]:
     children, context = flatten(cache)
     return [(pytree.SequenceKey(i), child) for i, child in enumerate(children)], context
+
+
+# --- caches of a call --------------------------------------------------------------------------------------
+
+
+def caches(values: Any) -> list[Any]:
+    """The caches in the arguments of a call. Raises `InputError` for one of a class that no graph can take."""
+    base = sys.modules["transformers.cache_utils"].Cache
+    found = [v for v in pytree.tree_leaves(values, is_leaf=lambda v: isinstance(v, base)) if isinstance(v, base)]
+    for cache in found:
+        if type(cache).__name__ not in CACHES or type(cache).__module__ != base.__module__:
+            raise InputError(
+                f"a {type(cache).__name__} cannot go in or out of a captured graph; those that can: {', '.join(CACHES)}"
+            )
+    return found
+
+
+def with_caches(outputs: Any, given: list[Any]) -> Any:
+    """The outputs of a call with the caches that it was given, brought up to date, in place of those that came back."""
+    base = sys.modules["transformers.cache_utils"].Cache
+    waiting = iter(given)
+
+    def kept(new: Any) -> Any:
+        return update_cache(next(waiting), new) if isinstance(new, base) else new
+
+    outputs = pytree.tree_map(kept, outputs, is_leaf=lambda v: isinstance(v, base))
+    if next(waiting, None) is not None:
+        raise InputError("the model was given a cache and returned none, so that is not up to date: give use_cache=True")
+    return outputs
+
+
+def update_cache(cache: Any, new: Any) -> Any:
+    """Gives a cache the state of one that a graph returned; its static tensors stay where they are.
+
+    A graph has written them already. Those that it made itself are copied to a place of their own: the memory of what
+    a CUDA graph returns is used again by the next replay.
+    """
+    if hasattr(cache, "is_updated"):
+        update_cache(cache.self_attention_cache, new.self_attention_cache)
+        update_cache(cache.cross_attention_cache, new.cross_attention_cache)
+        cache.is_updated = new.is_updated
+        return cache
+    for layer, other in zip(cache.layers, new.layers, strict=False):
+        state = vars(other)
+        if LAYERS[type(layer).__name__].static:
+            own = layer.is_initialized
+            state = {k: v if own or not isinstance(v, Tensor) else settled(v) for k, v in state.items()}
+            state = {k: v for k, v in state.items() if not (own and isinstance(v, Tensor))}
+        vars(layer).update(state)
+    cache.layers += new.layers[len(cache.layers) :]
+    return cache
+
+
+def settled(tensor: Tensor) -> Tensor:
+    """A copy whose address CUDA graphs may rely on."""
+    tensor = tensor.clone()
+    torch._dynamo.mark_static_address(tensor)
+    return tensor
