@@ -9,6 +9,7 @@ from .errors import (
     RecipeError,
     WeightError,
 )
+from .frozen import refresh
 from .optimize import OptimizedModule, explain, optimize
 from .recipe import Recipe, Rule
 from .report import Report, Row
@@ -17,7 +18,7 @@ from .schemes import Int4WeightOnly, Int8WeightOnly, Keep, Scheme
 __version__ = "0.1.0"
 
 __all__ = [
-    "optimize", "explain", "OptimizedModule", "Recipe", "Rule", "Scheme", "Int4WeightOnly", "Int8WeightOnly", "Keep",
-    "Report", "Row", "AographError", "CaptureError", "CompileError", "InputError", "PassError", "RecipeError",
+    "optimize", "explain", "refresh", "OptimizedModule", "Recipe", "Rule", "Scheme", "Int4WeightOnly", "Int8WeightOnly",
+    "Keep", "Report", "Row", "AographError", "CaptureError", "CompileError", "InputError", "PassError", "RecipeError",
     "WeightError",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch._inductor.config as inductor_config
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from . import pipeline
 from .capture import DynamoGraph, from_dynamo
@@ -185,18 +185,22 @@ def lowered(
 
 def weights_to_inputs(program: Program, names: Sequence[str]) -> list[Tensor]:
     """Makes weights the last inputs of the graph, in this order; their fake tensors."""
-    nodes = program.weights
+    nodes: dict[str, list[Node]] = {name: [] for name in names}
+    for node in program.graph.find_nodes(op="get_attr"):
+        if node.target in nodes:
+            nodes[node.target].append(node)
     anchor = program.inputs[-1] if program.inputs else None
     fakes = []
-    for name in names:
-        old = nodes[name]
+    for name, olds in nodes.items():
+        meta = olds[0].meta
         with program.graph.inserting_after(anchor) if anchor else program.graph.inserting_before():
-            anchor = program.graph.placeholder(name.replace(".", "_"))
-        anchor.meta = {**old.meta, "tensor_dict": old.meta.get("tensor_dict", STATIC)}
-        anchor._dynamo_source = old.meta.get("source")
-        old.replace_all_uses_with(anchor)
-        program.graph.erase_node(old)
-        fakes.append(anchor.meta["val"])
+            anchor = program.graph.placeholder("weight_" + name.replace(".", "_"))
+        anchor.meta = {**meta, "tensor_dict": meta.get("tensor_dict", STATIC)}
+        anchor._dynamo_source = meta.get("source")
+        for old in olds:
+            old.replace_all_uses_with(anchor)
+            program.graph.erase_node(old)
+        fakes.append(meta["val"])
     return fakes
 
 

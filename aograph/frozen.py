@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .errors import WeightError
+from .errors import InputError, WeightError
 from .weights import Pack, check_finite
 
 KNOWN: Any = WeakTensorKeyDictionary()  # the first weight of each pack → what it was packed to, by key
 UNPACKED: Any = WeakTensorKeyDictionary()  # weights that some graph reads as they are
 LOCK = threading.RLock()
+
+# What makes torch raise when memory that was freed is read, instead of crashing; builds without CUDA lack it.
+FORBID: Callable[[int, str], None] | None = getattr(torch._C, "_set_storage_data_ptr_access_error_msg", None)
 
 
 class Packed:
@@ -74,6 +77,11 @@ class Frozen:
         leaf: Callable[[str, Sequence[Any]], Tensor],
         release: bool,
     ):
+        if release and FORBID is None:
+            raise InputError(
+                "the option release needs a build of torch that can guard freed memory, as those with CUDA can: leave "
+                "it out, or use aograph.optimize(model, recipe, hand_over=True)"
+            )
         self.packs, self.unpacked, self.leaf, self.release = packs, list(unpacked), leaf, release
         self.names = list(dict.fromkeys(name for pack in packs for name in pack.weight.leaves))
         self.forget()
@@ -159,9 +167,8 @@ def released(tensor: Tensor) -> bool:
 
 
 def release(weights: Mapping[str, Tensor]) -> None:
-    """Frees the memory of weights that no graph reads as they are; their modules then refuse state_dict().
-
-    A tensor that shares its memory with others is left as it is.
+    """Frees the memory of weights that no graph reads as they are; their modules then refuse state_dict(), and any
+    other use of them raises too. A tensor that shares its memory with others is left as it is.
     """
     free = [
         tensor
@@ -171,8 +178,12 @@ def release(weights: Mapping[str, Tensor]) -> None:
     for module, name in owners(free):
         module.register_state_dict_pre_hook(refuse(name))
         module.register_load_state_dict_pre_hook(refuse(name))
+    names = {id(tensor): name for name, tensor in weights.items()}
     for tensor in free:
-        tensor.untyped_storage().resize_(0)
+        storage = tensor.untyped_storage()
+        storage.resize_(0)
+        assert FORBID is not None, "checked when the graph was compiled"
+        FORBID(storage._cdata, f"{names[id(tensor)]} was released after packing (option release)")
 
 
 def owners(tensors: Sequence[Tensor]) -> list[tuple[nn.Module, str]]:
