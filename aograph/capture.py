@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ShapesCollection
+from torch.export import Dim
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -79,11 +80,12 @@ def capture(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any = N
     Raises `CaptureError` with the place in the model's code and what to try.
     """
     huggingface.register_pytrees()
-    automatic = ShapesCollection()
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            automatic[leaf] = {i: Dim.AUTO for i, size in enumerate(leaf.shape) if size > 1}
-    attempts = [dynamic_shapes] if dynamic_shapes is not None else [automatic, None]
+    model = with_named_keywords(model, kwargs)
+    if dynamic_shapes is None:
+        given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        attempts = [{name: automatic(value) for name, value in given.items()}, None]
+    else:
+        attempts = [dynamic_shapes]
     for attempt in attempts:
         try:
             with eval_mode(model), torch.no_grad(), no_fast_paths():
@@ -101,6 +103,52 @@ def capture(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any = N
     ranges = {s: as_bound(r) for s, r in exported.range_constraints.items()}
     program = program_of(graph_module, state, names_of(model), ranges)
     return Capture(program, in_spec, out_spec, guards)
+
+
+def automatic(value: Any) -> Any:
+    """The dynamic shapes of an argument: every dimension larger than one, where the model allows it.
+
+    An object of a registered class goes by its children, as torch.export wants it.
+    """
+
+    def shape(leaf: Any) -> Any:
+        if (kind := pytree.SUPPORTED_NODES.get(type(leaf))) is not None:
+            return [automatic(child) for child in kind.flatten_fn(leaf)[0]]
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return {i: Dim.AUTO for i, size in enumerate(leaf.shape) if size > 1}
+        return None
+
+    return pytree.tree_map(shape, value, is_leaf=lambda v: pytree._get_node_type(v) not in pytree.BUILTIN_TYPES)
+
+
+def with_named_keywords(model: nn.Module, kwargs: dict) -> nn.Module:
+    """The model, or one that computes the same with a signature that names each keyword argument of a call.
+
+    torch.export pairs dynamic shapes wrongly with arguments that are taken as `**kwargs`.
+    """
+    signature = inspect.signature(model.forward)
+    extra = [name for name in kwargs if name not in signature.parameters]
+    rest = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    if not extra or len(rest) == len(signature.parameters):
+        return model
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    twin = stand_in(model, lambda _, *args, **kwargs: model.forward(*args, **kwargs))
+    type(twin).forward.__signature__ = signature.replace(
+        parameters=[inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *rest, *named]
+    )
+    return twin
+
+
+def stand_in(module: nn.Module, forward: Callable[..., Any], **members: Any) -> Any:
+    """A module that shares everything with another one but computes with `forward(self, ...)`; that stays as it is.
+
+    Its class is a subclass with these members; the signature of `forward` is the other's.
+    """
+    kind, twin = type(module), copy.copy(module)
+    members = {"__module__": kind.__module__, **members, "forward": functools.wraps(kind.forward)(forward)}
+    twin.__class__ = type(kind.__name__, (kind,), members)
+    twin.__dict__.pop("forward", None)
+    return twin
 
 
 @contextlib.contextmanager
@@ -356,6 +404,7 @@ def retarget(program: Program, source: torch.device, target: torch.device) -> No
             node.args, node.kwargs = pytree.tree_map(moved, (node.args, node.kwargs))
             value = node.meta.get("val")
             if node.op in ("placeholder", "get_attr") and isinstance(value, Tensor):
-                node.meta["val"] = value.to(target) if value.device.type == source.type else value
+                here = value.device.type == source.type
+                node.meta["val"] = torch.empty_like(value, device=target) if here else value
             elif node.op == "call_function":
                 node.meta["val"] = propagate(node)

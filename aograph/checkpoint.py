@@ -8,6 +8,7 @@ pack with its error, and the tensors that are kept unpacked.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fnmatch
 import json
@@ -134,6 +135,10 @@ def stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+class Valueless(WeightError):
+    """A tensor that only the model's code could have made, from values that are lost on the meta device."""
+
+
 @dataclass
 class Streamed:
     """The weights of a model on meta, by its names, out of a checkpoint: a `Source`.
@@ -146,13 +151,29 @@ class Streamed:
     keys: Mapping[str, str]
     device: torch.device
 
-    def original(self, name: str) -> Tensor:
-        like = get_attribute(self.model, name)
-        tensor = self.checkpoint.read(self.keys[name]) if name in self.keys else like
-        return tensor.to(self.device, like.dtype, copy=True)
+    def check(self, name: str) -> None:
+        if name not in self.keys and own(self.model, name) is None:
+            raise Valueless(
+                f"the model makes the tensor {name} from Python values at each call, which are lost on the meta device; "
+                "load it with transformers, and hand it over to optimize"
+            )
 
-    def packed(self, key: str) -> None:
-        return None
+    def original(self, name: str) -> Tensor:
+        if name not in self.keys:
+            return own(self.model, name).to(self.device, copy=True)
+        like = get_attribute(self.model, name)
+        return self.checkpoint.read(self.keys[name]).to(self.device, like.dtype, copy=True)
+
+    def holds(self, key: str) -> bool:
+        return False
+
+
+def own(model: nn.Module, name: str) -> Any:
+    """A tensor of a model that has values, such as a buffer that no checkpoint holds; None where there is none."""
+    with contextlib.suppress(AttributeError):
+        tensor = get_attribute(model, name)
+        return None if tensor.is_meta else tensor
+    return None
 
 
 # --- the packed form ---------------------------------------------------------------------------------------
@@ -213,21 +234,22 @@ class Repacked:
     contents: Contents
     device: torch.device
 
-    def original(self, name: str) -> Tensor:
-        if name in self.contents.kept:
-            tensor = self.checkpoint.read(self.contents.kept[name])
-        else:
-            tensor = get_attribute(self.model, name)
-        if tensor.is_meta:
+    def check(self, name: str) -> None:
+        if name not in self.contents.kept and own(self.model, name) is None:
             raise WeightError(
-                f"{self.checkpoint.folder} does not hold the weight {name} in the form that this call needs, but "
+                f"{self.checkpoint.folder} does not hold the tensor {name} in the form that this call needs; it was "
                 "packed for others: load the model from the original checkpoint for such calls"
             )
+
+    def original(self, name: str) -> Tensor:
+        kept = self.contents.kept
+        tensor = self.checkpoint.read(kept[name]) if name in kept else own(self.model, name)
         return tensor.to(self.device, copy=True)
 
-    def packed(self, key: str) -> tuple[tuple[Tensor, ...], float | None] | None:
-        if key not in self.contents.packs:
-            return None
+    def holds(self, key: str) -> bool:
+        return key in self.contents.packs
+
+    def packed(self, key: str) -> tuple[tuple[Tensor, ...], float | None]:
         tensors = tuple(self.checkpoint.read(n).to(self.device, copy=True) for n in self.contents.packs[key])
         return tensors, self.contents.errors.get(key)
 

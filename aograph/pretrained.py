@@ -8,7 +8,7 @@ import re
 import threading
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from . import huggingface
-from .checkpoint import PACKED, Checkpoint, Contents, Repacked, Streamed, is_packed, listed, same
-from .errors import InputError, WeightError
+from .checkpoint import PACKED, Checkpoint, Contents, Repacked, Streamed, Valueless, is_packed, listed, same
+from .errors import CaptureError, InputError, WeightError
 from .generation import OptimizedPreTrained
 from .optimize import OptimizedModule, call_of, resolve
 from .recipe import Recipe
+from .weights import Source
 
 EXAMPLE_TOKENS = 16
 
@@ -60,9 +61,9 @@ def load_pretrained(
 
     The model is built and captured without weights. Each weight is then read from safetensors, moved, packed and
     dropped before the next: the device never holds more than the packed model and one layer, the host one shard. Calls
-    in other shapes read again what they need in another form, so the folder must stay. Two kinds of checkpoints are
-    loaded whole on the CPU first, with a warning: those that transformers converts while it loads (experts that it
-    merges), and those that leave weights out which the model computes.
+    in other shapes read again what they need in another form, so the folder must stay. What cannot be read so is loaded
+    whole on the CPU first, with a warning: checkpoints that transformers converts while it loads (experts that it
+    merges) or that leave weights out which the model computes, and models that cannot be captured without weights.
 
     A folder that `save_pretrained` wrote is read as it is, nothing is packed again.
 
@@ -85,59 +86,87 @@ def load_pretrained(
         config, kind = huggingface.architecture(folder)
     packed = is_packed(folder)
     checkpoint = Checkpoint(folder, PACKED if packed else "model")
-    quantized = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if quantized and not packed:
-        raise InputError(f"{folder} is quantized already, by {quantized}: give the folder of the original weights")
     if packed:
-        del config.quantization_config
         contents = Contents.of(checkpoint)
-        saved = Recipe.from_toml(contents.recipe)
-        if recipe is not None and not same(Recipe.of(recipe), saved):
-            raise InputError(
-                f"{folder} is packed by the recipe {str(saved)!r}, not {str(Recipe.of(recipe))!r}: leave recipe out, "
-                "or load the original checkpoint"
-            )
-        if dtype is not None and dtype is not config.dtype:
+        recipe = recipe_of(contents, folder, recipe)
+        if dtype not in (None, config.dtype):
             raise InputError(
                 f"{folder} is packed in {config.dtype}, not {dtype}: leave dtype out, or load the original checkpoint"
             )
-        recipe, disable = saved, contents.disabled if disable is None else disable
-    recipe = Recipe.of("int4wo" if recipe is None else recipe)
-
+        disable = contents.disabled if disable is None else disable
+        del config.quantization_config
+    elif method := (getattr(config, "quantization_config", None) or {}).get("quant_method"):
+        raise InputError(f"{folder} is quantized already, by {method}: give the folder of the original weights")
     with huggingface.readable(folder):
         model = skeleton(kind, config, dtype or config.dtype or dtype_of(checkpoint))
         load_generation_config(model, folder)
+
     target = resolve(device or "cpu", model)
-    source: Any
+    parsed = Recipe.of("int4wo" if recipe is None else recipe)
+
+    def optimized(model: Any, source: Source | None, report: LoadingReport) -> OptimizedModule:
+        module = OptimizedPreTrained(
+            model, parsed, device=target, dynamic_shapes=dynamic_shapes, hand_over=source is None, compile=compile,
+            compile_options=compile_options or {}, strict=strict, disable=disable or (), dump=dump,
+            max_captures=max_captures, progress=progress, source=source,
+        )  # fmt: skip
+        module.eval()
+        module.loading_report = report
+        inputs = huggingface.example_inputs(model, EXAMPLE_TOKENS) if example_inputs is None else example_inputs
+        module.add_capture(*call_of(inputs))
+        return module
+
     if packed:
-        source, report = Repacked(model, checkpoint, contents, target), LoadingReport()
-    else:
-        fit = fit_of(model, checkpoint)
-        if fit.why_whole:
-            warnings.warn(f"{folder} is loaded whole before it is packed: {fit.why_whole}", stacklevel=2)
-            with huggingface.readable(folder):
-                model = kind.from_pretrained(folder, dtype=dtype or "auto").eval()
-            source = None
-        else:
+        return optimized(model, Repacked(model, checkpoint, contents, target), LoadingReport())
+    fit = fit_of(model, checkpoint)
+    reason = fit.why_whole
+    if reason is None:
+        warn_of(fit.unexpected, folder)
+        try:
             source = Streamed(model, checkpoint, fit.keys, target)
-        report = LoadingReport(fit.unexpected, fit.tied, streamed=source is not None)
-        if fit.unexpected:
-            warnings.warn(
-                f"{folder} holds weights that {kind.__name__} does not have, which are left out: "
-                f"{listed(list(fit.unexpected))}",
-                stacklevel=2,
-            )
-    optimized = OptimizedPreTrained(
-        model, recipe, device=target, dynamic_shapes=dynamic_shapes, hand_over=source is None, compile=compile,
-        compile_options=compile_options or {}, strict=strict, disable=disable or (), dump=dump,
-        max_captures=max_captures, progress=progress, source=source,
-    )  # fmt: skip
-    optimized.eval()
-    optimized.loading_report = report
-    if example_inputs is None:
-        example_inputs = huggingface.example_inputs(model, EXAMPLE_TOKENS)
-    optimized.add_capture(*call_of(example_inputs))
-    return optimized
+            return optimized(model, source, LoadingReport(fit.unexpected, fit.tied))
+        except (Valueless, CaptureError) as error:
+            reason = str(error)
+    warnings.warn(f"{folder} is loaded whole before it is packed: {reason}", stacklevel=2)
+    model, report = load_whole(kind, folder, dtype)
+    return optimized(model, None, report)
+
+
+def recipe_of(contents: Contents, folder: Path, recipe: Any) -> Recipe:
+    """The recipe of a packed folder; the caller may give the same."""
+    saved = Recipe.from_toml(contents.recipe)
+    if recipe is not None and not same(Recipe.of(recipe), saved):
+        raise InputError(
+            f"{folder} is packed by the recipe {str(saved)!r}, not {str(Recipe.of(recipe))!r}: leave recipe out, or "
+            "load the original checkpoint"
+        )
+    return saved
+
+
+def load_whole(kind: Any, folder: Path, dtype: torch.dtype | None) -> tuple[Any, LoadingReport]:
+    """The model with its weights on the CPU, as transformers loads it."""
+    with huggingface.readable(folder):
+        model, info = kind.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+    if info["missing_keys"]:
+        raise lacking(folder, model, info["missing_keys"])
+    unexpected = tuple(sorted(info["unexpected_keys"]))
+    warn_of(unexpected, folder)
+    return model.eval(), LoadingReport(unexpected, tuple(sorted(model.all_tied_weights_keys)), streamed=False)
+
+
+def warn_of(unexpected: Collection[str], folder: Path) -> None:
+    if unexpected:
+        left_out = listed(sorted(unexpected))
+        warnings.warn(
+            f"{folder} holds weights that the model does not have, which are left out: {left_out}", stacklevel=3
+        )
+
+
+def lacking(folder: Path, model: Any, missing: Collection[str]) -> WeightError:
+    return WeightError(
+        f"{folder} lacks weights of {type(model).__name__}: {listed(sorted(missing))}; training starts them at random, "
+        "so there is nothing to pack: give the checkpoint of that very model"
+    )
 
 
 # --- the model without weights -----------------------------------------------------------------------------
@@ -201,13 +230,13 @@ def load_generation_config(model: Any, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Fit:
-    """Which tensor of a checkpoint is which of a model: `keys`, by the model's names. `why_whole` if that is not all:
-    a reason for loading the checkpoint with transformers instead."""
+    """Which tensor of a checkpoint is which of a model: `keys`, by the model's names; or `why_whole`, a reason for
+    loading the checkpoint with transformers instead."""
 
-    keys: dict[str, str]
-    unexpected: tuple[str, ...]
-    tied: tuple[str, ...]
-    why_whole: str | None
+    keys: dict[str, str] = field(default_factory=dict)
+    unexpected: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
+    why_whole: str | None = None
 
 
 def fit_of(model: Any, checkpoint: Checkpoint) -> Fit:
@@ -218,35 +247,30 @@ def fit_of(model: Any, checkpoint: Checkpoint) -> Fit:
     """
     state = model.state_dict(keep_vars=True)
     keys, others, converted = names_in(model, state, checkpoint.shards)
+    if converted:
+        return Fit(why_whole="transformers converts its weights while it loads them")
     wrong = [
         f"{name} {list(checkpoint.shapes[key])} instead of {list(state[name].shape)}"
         for name, key in keys.items()
-        if not converted and checkpoint.shapes[key] != tuple(state[name].shape)
+        if checkpoint.shapes[key] != tuple(state[name].shape)
     ]
     if wrong:
         raise WeightError(f"weights of {checkpoint.folder} have other shapes than those of its config: {listed(wrong)}")
     for target, owner in list(model.all_tied_weights_keys.items()):
         if target in keys and owner in keys and not equal(checkpoint, keys[target], keys[owner]):
             untie(model, target)
-    state = model.state_dict(keep_vars=True)
 
-    known: dict[int, str] = {}
-    for name, key in keys.items():
-        known.setdefault(id(state[name]), key)
-    missing = [name for name in state if id(state[name]) not in known]
+    state = model.state_dict(keep_vars=True)
+    found = {id(state[name]): key for name, key in keys.items()}
+    missing = [name for name in state if id(state[name]) not in found]
     computed = [name for name in missing if any_matches(model._keys_to_ignore_on_load_missing, name)]
-    if lacking := [name for name in missing if name not in computed]:
-        raise WeightError(
-            f"{checkpoint.folder} lacks weights of {type(model).__name__}: {listed(lacking)}; training starts them at "
-            "random, so there is nothing to pack: give the checkpoint of that very model"
-        )
-    why = f"it leaves out {listed(computed)}, which the model computes" if computed else None
-    why = "transformers converts its weights while it loads them" if converted else why
-    tied = tuple(name for name in state if name not in keys and name not in missing)
+    if len(computed) < len(missing):
+        raise lacking(checkpoint.folder, model, set(missing) - set(computed))
+    if computed:
+        return Fit(why_whole=f"it leaves out {listed(computed)}, which the model computes")
+    tied = tuple(name for name in state if name not in keys)
     unexpected = tuple(name for name in others if not ignorable(model, name))
-    return Fit(
-        {name: known[id(tensor)] for name, tensor in state.items() if id(tensor) in known}, unexpected, tied, why
-    )
+    return Fit({name: found[id(tensor)] for name, tensor in state.items()}, unexpected, tied)
 
 
 def names_in(model: Any, state: Mapping[str, Tensor], names: Iterable[str]) -> tuple[dict[str, str], list[str], bool]:

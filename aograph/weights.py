@@ -68,11 +68,17 @@ class Pack:
 class Source(Protocol):
     """Where the tensors of a model come from that is on the meta device, such as a checkpoint."""
 
+    def check(self, name: str) -> None:
+        """Raises `WeightError` if it does not have the original of that name; reads nothing."""
+
     def original(self, name: str) -> Tensor:
         """The model's tensor of that name, on the device and in memory of its own. Raises `WeightError`."""
 
-    def packed(self, key: str) -> tuple[tuple[Tensor, ...], float | None] | None:
-        """What a pack of that key holds, on the device, and its error, if the source has it packed already."""
+    def holds(self, key: str) -> bool:
+        """Whether it has packed already what a pack of that key holds."""
+
+    def packed(self, key: str) -> tuple[tuple[Tensor, ...], float | None]:
+        """What a pack of that key holds, on the device, and its error."""
 
 
 class WeightStore:
@@ -98,11 +104,12 @@ class WeightStore:
     def materialize(self, program: Program, progress: bool = True) -> None:
         """Packs what is not packed yet, puts all tensors where the graph looks for them, releases originals.
 
-        Raises `WeightError` for a weight with NaN or inf, before anything is packed or released; what a source gives
-        is read once, so it is checked when its turn comes.
+        Raises `WeightError` for a weight that is not to be had, or with NaN or inf, before anything is packed or
+        released; what a source gives is read once, so its values are checked when its turn comes.
         """
         with self.lock:
             missing = [p for p in program.packs.values() if p.key not in self.packed]
+            self.check_source(program, missing)
             self.check_finite(program, missing)
             if self.model is not None:
                 gc.collect()  # what tracing left behind still refers to the originals, in cycles
@@ -136,7 +143,9 @@ class WeightStore:
     def original(self, program: Program, name: str) -> Tensor:
         """A tensor of the model: the program's own or, where that is on meta, the model's or what the source gives."""
         tensor = program.constants[name]
-        if tensor.is_meta and self.source is not None:
+        if not tensor.numel():
+            return torch.empty_like(tensor, device=self.device)
+        if self.source is not None and tensor.is_meta:
             return self.source.original(name)
         if tensor.is_meta and self.model is not None:  # partly handed over, so that it was captured on meta
             tensor = get_attribute(self.model, name)
@@ -147,6 +156,15 @@ class WeightStore:
             )
         return tensor.detach()
 
+    def check_source(self, program: Program, packs: list[Pack]) -> None:
+        """Raises `WeightError` where the source does not have what is to be packed or kept."""
+        if self.source is not None:
+            wanted = [name for p in packs if not self.source.holds(p.key) for name in p.weight.leaves]
+            wanted += [name for name in program.weights if name in program.constants and name not in self.kept]
+            for name in dict.fromkeys(wanted):
+                if self.streamed(program, name):
+                    self.source.check(name)
+
     def check_finite(self, program: Program, packs: list[Pack]) -> None:
         for name in dict.fromkeys(n for p in packs if p.op is not None for n in p.weight.leaves):
             if not self.streamed(program, name):
@@ -154,7 +172,8 @@ class WeightStore:
 
     def streamed(self, program: Program, name: str) -> bool:
         """Whether a tensor has to be read from the source each time that it is needed."""
-        return self.source is not None and program.constants[name].is_meta
+        tensor = program.constants[name]
+        return self.source is not None and tensor.is_meta and tensor.numel() > 0
 
     def pack(self, pack: Pack, program: Program) -> None:
         def leaf(name: str) -> Tensor:
@@ -163,8 +182,10 @@ class WeightStore:
                 check_finite(name, tensor)
             return tensor
 
-        found = self.source.packed(pack.key) if self.source is not None else None
-        self.packed[pack.key], error = found or pack.run(pack.weight.evaluate(leaf))
+        if self.source is not None and self.source.holds(pack.key):
+            self.packed[pack.key], error = self.source.packed(pack.key)
+        else:
+            self.packed[pack.key], error = pack.run(pack.weight.evaluate(leaf))
         if error is not None:
             self.errors[pack.key] = error
 
