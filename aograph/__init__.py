@@ -1,7 +1,9 @@
 """aograph: a compiler that makes PyTorch models smaller and faster by rewriting their graphs."""
 
+from .artifact import Artifact, load
 from .errors import (
     AographError,
+    ArtifactError,
     CaptureError,
     CompileError,
     InputError,
@@ -11,6 +13,7 @@ from .errors import (
 )
 from .frozen import refresh
 from .optimize import OptimizedModule, explain, optimize
+from .pretrained import LoadingReport, load_pretrained
 from .recipe import Recipe, Rule
 from .report import Report, Row
 from .schemes import Int4WeightOnly, Int8WeightOnly, Keep, Scheme
@@ -18,7 +21,7 @@ from .schemes import Int4WeightOnly, Int8WeightOnly, Keep, Scheme
 __version__ = "0.1.0"
 
 __all__ = [
-    "optimize", "explain", "refresh", "OptimizedModule", "Recipe", "Rule", "Scheme", "Int4WeightOnly", "Int8WeightOnly",
+    "optimize", "load_pretrained", "explain", "refresh", "OptimizedModule", "LoadingReport", "Recipe", "Rule", "Scheme", "Int4WeightOnly", "Int8WeightOnly",
     "Keep", "Report", "Row", "AographError", "CaptureError", "CompileError", "InputError", "PassError", "RecipeError",
     "WeightError",
 ]  # fmt: skip

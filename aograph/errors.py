@@ -27,3 +27,7 @@ class CompileError(AographError):
 
 class PassError(AographError):
     """A pass failed, or left a graph that the verifier refuses; the message names a reproducer folder."""
+
+
+class ArtifactError(AographError):
+    """A `.pt2` file that is damaged, is no artifact, or does not fit this machine."""

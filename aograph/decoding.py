@@ -1,0 +1,243 @@
+"""Decoding with a static cache: the step of a language model as a graph takes it, and the loop around it.
+
+A step computes T tokens of B rows, each row at positions of its own, so that rows may be at different places of
+different texts. Its inputs are tensors alone: `input_ids` and `positions` [B, T] int64, then for each layer `key` and
+`value` [B, H, S, D], the cache, which it writes in place: the keys and values of a token go to index `position` of its
+row, and nothing else changes. A token sees what is at its own position and before. The output is `logits` [B, V], in
+fp32 or the model's dtype, of the last of the T tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+
+LAYERS = ("full_attention", "sliding_attention")  # kinds whose state is the keys and values of tokens
+DEFAULT_LENGTH = 2048  # tokens
+
+
+class NoSteps(Exception):
+    """Why a model has no step with a static cache, in one sentence."""
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The cache of one layer: its key and value are [rows, heads, length, key_size or value_size] in `dtype`."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+
+    def empty(self, rows: int, length: int, device: torch.device) -> list[Tensor]:
+        sizes = (self.key_size, self.value_size)
+        return [torch.zeros(rows, self.heads, length, size, dtype=self.dtype, device=device) for size in sizes]
+
+
+class StaticRows:
+    """What a language model of transformers asks of its cache, on tensors [B, H, S, D] that are the caller's."""
+
+    is_compileable = True
+
+    def __init__(self, layers: Sequence[Sequence[Tensor]], positions: Tensor):
+        self.layers, self.positions = layers, positions
+        self.rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        self.is_sliding = [False] * len(layers)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Sequence[Tensor]:
+        for cache, new in zip(self.layers[layer], (keys, values), strict=True):
+            cache[self.rows, :, self.positions] = new.transpose(1, 2)
+        return self.layers[layer]
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+
+class Recorder(StaticRows):
+    """A cache that keeps nothing but the shapes that it is given."""
+
+    def __init__(self, positions: Tensor):
+        super().__init__([], positions)
+        self.shapes: list[CacheShape] = []
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Sequence[Tensor]:
+        self.shapes.append(CacheShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype))
+        return keys, values
+
+
+def step_of(model: nn.Module, length: int) -> nn.Module:
+    """A module that shares everything with `model`, names included, and computes a step with a cache of `length`."""
+
+    def forward(input_ids: Tensor, positions: Tensor, *cache: Tensor) -> Tensor:
+        layers = list(zip(cache[::2], cache[1::2], strict=True))
+        return run(model, input_ids, positions, StaticRows(layers, positions), length)
+
+    step = copy.copy(model)
+    step.forward = forward
+    return step
+
+
+def run(model: nn.Module, input_ids: Tensor, positions: Tensor, cache: StaticRows, length: int) -> Tensor:
+    """The logits [B, V] of the last token."""
+    mask = (torch.arange(length, device=positions.device) <= positions[:, :, None])[:, None]
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    outputs = model(
+        input_ids=input_ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True, **last
+    )
+    return outputs.logits[:, -1]
+
+
+def default_length(model: nn.Module) -> int:
+    """Tokens for a cache whose length nobody asked for: as many as the model knows, but at most 2048."""
+    config = getattr(model, "config", None)
+    return min(DEFAULT_LENGTH, getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH)
+
+
+@torch.no_grad()
+def cache_shapes(model: nn.Module, length: int) -> list[CacheShape]:
+    """The caches of the layers of a language model of transformers.
+
+    Raises `NoSteps` where it has no step with a static cache of `length` tokens.
+    """
+    if not getattr(model, "can_generate", bool)():
+        raise NoSteps(f"{type(model).__name__} is no language model of transformers that generates")
+    config = model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        raise NoSteps(f"{type(model).__name__} has an encoder")
+    missing = {"past_key_values", "position_ids", "attention_mask"} - inspect.signature(model.forward).parameters.keys()
+    if missing:
+        raise NoSteps(f"{type(model).__name__} takes no {' and no '.join(sorted(missing))}")
+    if other := set(getattr(config, "layer_types", None) or ()) - set(LAYERS):
+        raise NoSteps(f"the state of its layers of type {', '.join(sorted(other))} is not keys and values of tokens")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < length:
+        raise NoSteps(f"its attention slides over {window} tokens, fewer than max_length = {length}")
+    weight = next(model.parameters())  # all are on one device
+    positions = torch.arange(4, device=weight.device)[None]
+    recorder = Recorder(positions)
+    try:
+        run(model, positions, positions, recorder, 4)
+    except Exception as error:
+        raise NoSteps(f"it does not run with a cache of keys and values: {first_line(error)}") from error
+    if len(recorder.shapes) != config.num_hidden_layers:
+        raise NoSteps(f"{len(recorder.shapes)} of its {config.num_hidden_layers} layers keep keys and values")
+    if not weight.is_meta:
+        check_step(model, recorder.shapes, weight.device)
+    return recorder.shapes
+
+
+def check_step(model: nn.Module, shapes: Sequence[CacheShape], device: torch.device) -> None:
+    """Raises `NoSteps` unless four tokens at once and two more one by one give the logits of the model itself."""
+    ids = torch.arange(1, 7, device=device)[None]
+    positions = ids - 1
+    cache = [tensor for shape in shapes for tensor in shape.empty(1, 8, device)]
+    step = step_of(model, 8)
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    for start, stop in ((0, 4), (4, 5), (5, 6)):
+        logits = step.forward(ids[:, start:stop], positions[:, start:stop], *cache).float()
+        if not (logits - expected[:, stop - 1]).norm() <= 0.05 * expected[:, stop - 1].norm():
+            raise NoSteps("with a static cache it computes something else: it does not follow the mask or positions")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# --- the loop ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is picked: the likeliest, or one drawn from the softmax of logits / temperature.
+
+    top_k: only the k likeliest are drawn. top_p: only the likeliest that together have that probability.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise InputError(
+                f"temperature is {self.temperature}, not above 0: for the likeliest, do_sample=False"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k is {self.top_k}: it must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+
+    def pick(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The next tokens [B] of logits [B, V]."""
+        if not self.do_sample:
+            return logits.argmax(-1)
+        scores = logits.float() / self.temperature
+        if self.top_k is not None and self.top_k < scores.shape[-1]:
+            least = scores.topk(self.top_k).values[:, -1:]
+            scores = scores.masked_fill(scores < least, -torch.inf)
+        if self.top_p is not None:
+            ordered, index = scores.sort(descending=True)
+            shares = ordered.softmax(-1)
+            beyond = shares.cumsum(-1) - shares >= self.top_p  # what comes before has the probability already
+            scores = scores.masked_fill(beyond.scatter(-1, index, beyond), -torch.inf)
+        return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def prompts_of(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    """The tokens of each row of input_ids [B, T], what the mask leaves out (on the left) being taken away."""
+    if attention_mask is None:
+        return list(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise InputError(f"attention_mask is {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}")
+    mask = attention_mask.bool()
+    if (mask[:, 1:] < mask[:, :-1]).any():
+        raise InputError("attention_mask hides tokens behind the first that it shows: pad prompts on the left")
+    return [row[keep] for row, keep in zip(input_ids, mask, strict=True)]
+
+
+def generate(
+    prefill: Callable[[int, Tensor], Tensor],
+    decode: Callable[[Tensor, Tensor], Tensor],
+    prompts: Sequence[Tensor],
+    rows: int,
+    limit: int,
+    sampling: Sampling,
+    ends: Sequence[int],
+    pad: int,
+    generator: torch.Generator | None,
+    on_token: Callable[[int, int], Any] | None,
+) -> Tensor:
+    """New tokens [B, ≤ limit] for prompts; rows that have ended are filled up with `pad`.
+
+    prefill(row, prompt) and decode(tokens [rows, 1], positions [rows, 1]) give logits [1, V] and [rows, V]; rows past
+    the prompts are idle.
+    """
+    logits = torch.cat([prefill(row, prompt) for row, prompt in enumerate(prompts)])
+    device, count = logits.device, len(prompts)
+    tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+    positions = torch.zeros_like(tokens)
+    positions[:count, 0] = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    ended = torch.zeros(count, dtype=torch.bool, device=device)
+    stops = torch.tensor(list(ends), dtype=torch.int64, device=device)
+    found: list[Tensor] = []
+    while True:
+        new = sampling.pick(logits, generator).masked_fill(ended, pad)
+        found.append(new)
+        if on_token is not None:
+            for row in (~ended).nonzero()[:, 0].tolist():
+                on_token(row, int(new[row]))
+        ended |= torch.isin(new, stops)
+        if len(found) == limit or ended.all():
+            return torch.stack(found, 1)
+        tokens[:count, 0] = new
+        logits = decode(tokens, positions)[:count]
+        positions[:count] += 1

@@ -1,0 +1,298 @@
+"""Saving an artifact: graphs compiled by AOTInductor over one copy of the packed weights, in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from . import archive, environment, repacking
+from .capture import Capture, on_meta
+from .decoding import CacheShape, NoSteps, cache_shapes, default_length, step_of
+from .errors import CompileError, InputError, RecipeError
+from .inline import Inlined, inline, is_tensor
+from .kernels.op import OPS
+from .program import Program, expression
+from .report import Report
+from .signature import Signature, Value, evaluate, symbols_of, tree
+
+if TYPE_CHECKING:
+    from .optimize import OptimizedModule
+
+
+# Weights come from the file, not from the code; and none, however small, is written into the code as numbers: they
+# could not be updated.
+OPTIONS = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True}
+TOKENIZER_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*",
+)  # fmt: skip
+
+
+@dataclass
+class Graph:
+    """One named graph on its way into the file."""
+
+    capture: Capture
+    report: Report
+    names: Sequence[str]  # of the inputs
+
+    @property
+    def program(self) -> Program:
+        return self.capture.program
+
+
+def save(
+    optimized: OptimizedModule,
+    path: str | os.PathLike,
+    *,
+    max_length: int | None = None,
+    batch_size: int = 1,
+    tokenizer: Any = None,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Compiles an optimized module ahead of time and writes it, with its weights; see `OptimizedModule.save`."""
+    path = Path(path)
+    check_request(optimized, path, max_length, batch_size)
+    files = tokenizer_files(tokenizer)
+    model = optimized._model[0]
+    _, captured, _ = next(iter(optimized._captures.values()))
+    assert optimized.report is not None, "there is a capture"
+    graphs = {"forward": Graph(captured, optimized.report, [node.name for node in captured.program.inputs])}
+    length = max_length or default_length(model)
+    notes, generation = [], None
+    try:
+        shapes = cache_shapes(on_meta(model) if any(p.is_meta for p in model.parameters()) else model, length)
+        graphs |= step_graphs(optimized, model, shapes, batch_size, length)
+        generation = generation_of(model, shapes, batch_size, length)
+    except NoSteps as reason:
+        notes.append(f"no graphs prefill and decode: {reason}")
+    with tempfile.TemporaryDirectory(prefix="aograph-") as folder:
+        built = {name: compile_graph(name, graph, Path(folder), options or {}) for name, graph in graphs.items()}
+        weights = {name: weights_of(each.exported, Path(folder, f"{name}.pt2")) for name, each in built.items()}
+        lines, tensors = archive.index(weights)
+        about = {
+            "format": archive.FORMAT,
+            **about_recipe(optimized),
+            "environment": environment.describe(optimized.device),
+            "ops": {op.registered: op.version for op in OPS.values()},
+            "graphs": {name: about_graph(graph, built[name], captured) for name, graph in graphs.items()},
+            "notes": notes,
+            "generation": generation,
+            "packs": repacking.packs_as_data({name: graph.program.packs for name, graph in graphs.items()}),
+            "constants": {name: sorted(named) for name, named in weights.items()},
+            "originals": repacking.originals_as_data(named_tensors(model)),
+            "aliases": {alias: name for graph in graphs.values() for alias, name in graph.program.aliases.items()},
+        }
+        code = {file: content for name in built for file, content in code_of(Path(folder, f"{name}.pt2"), name)}
+        records = {
+            "archive_format": b"pt2",
+            "archive_version": b"0",
+            archive.ABOUT: json.dumps(about, indent=1).encode(),
+            archive.INDEX: "".join(f"{line.line()}\n" for line in lines).encode(),
+            **{archive.TOKENIZER + name: content for name, content in files.items()},
+            **code,
+        }
+        archive.write(path, records, tensors)
+
+
+def check_request(optimized: OptimizedModule, path: Path, max_length: int | None, batch_size: int) -> None:
+    """Raises `InputError` for what cannot be saved or written, before any work is done."""
+    if path.suffix != ".pt2":
+        raise InputError(f"an artifact is a .pt2 file, not {path.name}: give {path.with_suffix('.pt2')}")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written: its folder is missing or not writable, or it is a folder itself")
+    if not optimized._captures:
+        raise InputError("there is no graph to save yet: call the module once, or give example_inputs to optimize")
+    for name, value, least in (("max_length", max_length, 2), ("batch_size", batch_size, 1)):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise InputError(f"{name} is {value!r}: give a whole number from {least} on")
+
+
+def step_graphs(
+    optimized: OptimizedModule, model: nn.Module, shapes: Sequence[CacheShape], rows: int, length: int
+) -> dict[str, Graph]:
+    """`prefill`, T tokens of one row, and `decode`, one token of each of `rows` rows, packed by the same store."""
+    from .optimize import rewrite
+
+    step = step_of(model, length)
+    device = next(iter(model.parameters())).device
+    tokens = Dim("T", min=2, max=length)
+    graphs = {}
+    for name, batch, count, dynamic in (("prefill", 1, min(8, length), {1: tokens}), ("decode", rows, 1, {})):
+        ids = torch.zeros(batch, count, dtype=torch.int64, device=device)
+        cache = [tensor for shape in shapes for tensor in shape.empty(batch, length, device)]
+        how = dynamic, dynamic, tuple({} for _ in cache)
+        args = ids, torch.zeros_like(ids), *cache
+        captured, report = rewrite(step, optimized.recipe, args, {}, how, optimized.device, disable=optimized._disable)
+        optimized._store.materialize(captured.program, optimized._progress)
+        names = [f"{kind}_{layer}" for layer in range(len(shapes)) for kind in ("key", "value")]
+        graphs[name] = Graph(captured, report, ["input_ids", "positions", *names])
+    return graphs
+
+
+def generation_of(model: Any, shapes: Sequence[CacheShape], rows: int, length: int) -> dict[str, Any]:
+    """What the loop around the steps needs to know."""
+    settings = model.generation_config
+    ends = settings.eos_token_id
+    return {
+        "batch_size": rows,
+        "max_length": length,
+        "cache": [{**dataclasses.asdict(s), "dtype": str(s.dtype).removeprefix("torch.")} for s in shapes],
+        "eos_token_id": [] if ends is None else [ends] if isinstance(ends, int) else list(ends),
+        "pad_token_id": settings.pad_token_id,
+    }
+
+
+# --- code --------------------------------------------------------------------------------------------------
+
+
+def compile_graph(name: str, graph: Graph, folder: Path, options: Mapping[str, Any]) -> Inlined:
+    """Compiles a graph to FOLDER/NAME.pt2.
+
+    Raises `CompileError` where Inductor cannot, with what it said.
+    """
+    inlined = inline(graph.program)
+    path = str(folder / f"{name}.pt2")
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch._inductor.aoti_compile_and_package(
+                inlined.exported, package_path=path, inductor_configs={**options, **OPTIONS}
+            )
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CompileError(f"AOTInductor could not compile the graph {name}: {lines[0]}") from error
+    return inlined
+
+
+def weights_of(exported: ExportedProgram, package: Path) -> dict[str, Tensor]:
+    """The tensors that compiled code asks for, by the names that it asks with."""
+    known = {**exported.state_dict, **exported.constants}
+    wanted = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1).get_constant_fqns()
+    if unknown := [name for name in wanted if name not in known]:
+        raise CompileError(f"the compiled code asks for constants that the graph does not have: {', '.join(unknown)}")
+    return {name: known[name].detach() for name in wanted}
+
+
+def code_of(package: Path, graph: str) -> Iterator[tuple[str, bytes]]:
+    """The code in a package of one graph, under the graph's name; sources, which are not needed to run, left out."""
+    with zipfile.ZipFile(package) as files:
+        for name in files.namelist():
+            _, found, rest = name.partition(f"{archive.CODE}model/")
+            if found and not rest.endswith(".kernel.cpp"):
+                yield f"{archive.CODE}{graph}/{rest}", files.read(name)
+
+
+# --- metadata ----------------------------------------------------------------------------------------------
+
+
+def about_recipe(optimized: OptimizedModule) -> dict[str, Any]:
+    """The version of this package, and the recipe with its hash; rules that are functions have no text."""
+    from . import __version__
+
+    try:
+        text = optimized.recipe.to_toml()
+    except RecipeError:
+        text = str(optimized.recipe)
+    return {"aograph": __version__, "recipe": text, "recipe_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def about_graph(graph: Graph, inlined: Inlined, forward: Capture) -> dict[str, Any]:
+    signature, unread = signature_of(graph, inlined.exported)
+    return {
+        **dataclasses.asdict(signature),
+        "kernels": [[op, kernel, count] for (op, kernel), count in sorted(inlined.kernels.items())],
+        "outside": inlined.outside,
+        "buffers": sorted(graph.program.mutated),  # that a call writes
+        "unread": unread,
+        "report": graph.report.as_dict(),
+    }
+
+
+def signature_of(graph: Graph, exported: ExportedProgram) -> tuple[Signature, list[str]]:
+    """What the compiled graph takes and gives, and the relations between sizes that no call can be checked for.
+
+    Raises `CompileError` for inputs and outputs that cannot be written down.
+    """
+    user = exported.graph_signature.user_inputs
+    compiled = iter([n.meta["val"] for n in exported.graph.find_nodes(op="placeholder") if n.name in user])
+    written = set(exported.graph_signature.user_inputs_to_mutate.values())
+    write = iter([name in written for name in user])
+    inputs = tuple(
+        described(name, next(compiled) if is_tensor(node) else node.meta.get("val"), is_tensor(node) and next(write))
+        for name, node in zip(graph.names, graph.program.inputs, strict=True)
+    )
+    last = exported.graph.output_node().args[0]
+    outputs = [node.meta["val"] if isinstance(node, torch.fx.Node) else node for node in last]
+    symbols = {name for i in inputs for size in i.sizes for name in symbols_of(size)}
+    ranges = {}
+    for symbol, bounds in exported.range_constraints.items():
+        if str(symbol) in symbols:
+            ranges[str(symbol)] = int(bounds.lower), int(bounds.upper) if bounds.upper < 2**62 else None
+    sizes = {str(symbol): low for symbol, (low, _) in ranges.items()}
+    guards, unread = guards_of(exported, sizes)
+    gives = tuple(described(f"output_{i}", value, False) for i, value in enumerate(outputs))
+    takes, returns = tree(graph.capture.in_spec), tree(graph.capture.out_spec)
+    return Signature(inputs, gives, ranges, tuple(guards), takes, returns), unread
+
+
+def described(name: str, value: Any, written: bool) -> Value:
+    if isinstance(value, Tensor):
+        sizes = tuple(s if isinstance(s, int) else str(expression(s)) for s in value.shape)
+        return Value(name, str(value.dtype).removeprefix("torch."), value.device.type, sizes, written=written)
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return Value(name, value=value)
+    raise CompileError(f"{name} is a {type(value).__name__}: an artifact takes and gives tensors and plain values")
+
+
+def guards_of(exported: ExportedProgram, sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """Relations between sizes that the code was made for: those that can be checked at a call, and the others."""
+    fakes = [n.meta.get("val") for n in exported.graph.find_nodes(op="placeholder")]
+    shapes = next((f.fake_mode.shape_env for f in fakes if getattr(f, "fake_mode", None)), None)
+    read, unread = [], []
+    for guard in shapes.guards if shapes is not None and sizes else ():
+        relation = shapes.simplify(guard.expr)
+        if relation == sympy.true:
+            continue
+        try:
+            evaluate(str(relation), sizes)
+            read.append(str(relation))
+        except (ValueError, ZeroDivisionError):
+            unread.append(str(relation))
+    return list(dict.fromkeys(read)), list(dict.fromkeys(unread))
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """The files of a tokenizer: of a folder, or of an object with `save_pretrained`."""
+    if tokenizer is None:
+        return {}
+    if hasattr(tokenizer, "save_pretrained"):
+        with tempfile.TemporaryDirectory(prefix="aograph-") as folder:
+            tokenizer.save_pretrained(folder)
+            return tokenizer_files(folder)
+    folder = Path(tokenizer)
+    found = {p.name: p.read_bytes() for pattern in TOKENIZER_FILES for p in sorted(folder.glob(pattern)) if p.is_file()}
+    if not found:
+        raise InputError(f"{folder} has no files of a tokenizer, such as tokenizer.json")
+    return found

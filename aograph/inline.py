@@ -1,0 +1,113 @@
+"""Inlining: a program as a graph that runs without this package, its ops replaced by what they are made of.
+
+Each op of ours is traced into an implementation that is `standalone`: torch's own operators and Triton kernels. The
+choice is made once for the whole range of M at that place, not for the sizes of an example.
+"""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import Graph, Interpreter, Node
+
+from .errors import CompileError
+from .kernels.op import OPS, Implementation, Op
+from .program import Program, expression, get_attribute, set_attribute
+
+
+@dataclass(frozen=True)
+class Inlined:
+    """A program ready for AOTInductor.
+
+    exported: takes the program's inputs that are tensors, in their order. kernels: how often which implementation of
+    which op stands in the graph, as ("int8_linear", "dequantize"). outside: names of the ops that have no standalone
+    implementation here: the graph still calls them, and runs only where this package is.
+    """
+
+    exported: ExportedProgram
+    kernels: dict[tuple[str, str], int]
+    outside: list[str]
+
+
+def inline(program: Program) -> Inlined:
+    """Traces a program, whose weights are real, into one graph of standalone code.
+
+    Raises `CompileError` where torch cannot trace it.
+    """
+    chosen = {node: choose(program, node) for node in program.graph.nodes if op_of(node)}
+    root = runnable(program, {node: choice for node, choice in chosen.items() if choice})
+    fakes = [node.meta["val"] for node in program.inputs if is_tensor(node)]
+    shapes = tuple({i: dynamic(program, size) for i, size in enumerate(fake.shape)} for fake in fakes)
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(root, tuple(map(example, fakes)), dynamic_shapes=(shapes,), strict=False)
+    except Exception as error:
+        raise CompileError(f"the rewritten graph could not be traced for an artifact: {error}") from error
+    counts = collections.Counter((op_of(node).name, choice.name) for node, choice in chosen.items() if choice)
+    outside = sorted({op_of(node).registered for node, choice in chosen.items() if choice is None})
+    return Inlined(exported, dict(counts), outside)
+
+
+def op_of(node: Node) -> Op | None:
+    return next((op for op in OPS.values() if op.overload is node.target), None)
+
+
+def choose(program: Program, node: Node) -> Implementation | None:
+    """The standalone implementation for all sizes that a call of our op can have."""
+    op, args = op_of(node), torch.fx.map_arg(node.args, lambda n: n.meta["val"])
+    case = op.case_of(*args)
+    return op.standalone(case, *program.bounds(expression(case.M)))
+
+
+def runnable(program: Program, chosen: dict[Node, Implementation]) -> nn.Module:
+    """A module that owns the program's weights by name, and computes it from the inputs that are tensors."""
+    root = nn.Module()
+    for node in program.graph.find_nodes(op="get_attr"):
+        value = get_attribute(program.graph_module, node.target)
+        if isinstance(value, Tensor):
+            set_attribute(root, node.target, value.contiguous())
+        else:
+            root.add_module(node.target, value)  # a branch of torch.cond
+    steps = Steps(root, program.graph, chosen)
+
+    def forward(*tensors: Tensor) -> Any:
+        given = iter(tensors)
+        return steps.run(*(next(given) if is_tensor(node) else node.meta.get("val") for node in program.inputs))
+
+    root.forward = forward
+    return root
+
+
+def is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+class Steps(Interpreter):
+    def __init__(self, root: nn.Module, graph: Graph, chosen: dict[Node, Implementation]):
+        super().__init__(root, graph=graph)
+        self.chosen = chosen
+
+    def run_node(self, n: Node) -> Any:
+        if n not in self.chosen:
+            return super().run_node(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        return op_of(n).apply(self.chosen[n], *args)
+
+
+def dynamic(program: Program, size: Any) -> Any:
+    """How torch.export is told about a size."""
+    if not isinstance(size, torch.SymInt):
+        return Dim.STATIC
+    low, high = program.bounds(expression(size))
+    return Dim.AUTO(min=low, max=high)
+
+
+def example(fake: Tensor) -> Tensor:
+    """A tensor of zeros of the size that a fake one was captured with."""
+    sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in fake.shape]
+    return torch.zeros(sizes, dtype=fake.dtype, device=fake.device)
