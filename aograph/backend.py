@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import logging
 import uuid
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
 from torch import Tensor, nn
+from torch._dynamo.exc import ShortenTraceback
 from torch.fx import GraphModule, Node
 
 from . import pipeline
@@ -92,12 +95,12 @@ def backend(
 ) -> Callable[..., Any]:
     """Compiles one of Dynamo's graphs; registered with torch as "aograph". See `Options`.
 
-    What cannot be compiled raises its `AographError` at the call, not wrapped into an error of Dynamo's.
+    What cannot be compiled raises its `AographError`, not wrapped into an error of Dynamo's.
     """
     try:
         return compiled(graph_module, example_inputs, Options.of(mode, options))
     except AographError as error:
-        return raising(error)
+        raise through_dynamo(error, inspect.currentframe()) from None
 
 
 def reset() -> None:
@@ -111,11 +114,10 @@ def reset() -> None:
 backend.reset = reset  # type: ignore[attr-defined]
 
 
-def raising(error: AographError) -> Callable[..., Any]:
-    def fail(*_: Any) -> Any:
-        raise type(error)(*error.args)
-
-    return fail
+def through_dynamo(error: AographError, frame: FrameType | None) -> Exception:
+    """The error as one of its own class that Dynamo lets pass, with a traceback that starts at the frame."""
+    kind = type(type(error).__name__, (ShortenTraceback, type(error)), {"__module__": type(error).__module__})
+    return kind(*error.args, first_useful_frame=frame)
 
 
 def compiled(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:

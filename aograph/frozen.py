@@ -115,7 +115,7 @@ class Frozen:
 
     def forget(self, _: Any = None) -> None:
         """Lets go of the packed tensors: a weight that they come from is gone."""
-        self.known, self.tensors, self.watched = [], [], []
+        self.known, self.tensors, self.watched = None, [], []
 
 
 def packed(pack: Pack, leaves: Sequence[Tensor]) -> Packed:
