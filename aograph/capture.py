@@ -19,7 +19,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ShapesCollection
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -81,11 +81,11 @@ def capture(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any = N
     """
     huggingface.register_pytrees()
     model = with_named_keywords(model, kwargs)
-    if dynamic_shapes is None:
-        given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        attempts = [{name: automatic(value) for name, value in given.items()}, None]
-    else:
-        attempts = [dynamic_shapes]
+    automatic = ShapesCollection()
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            automatic[leaf] = {i: Dim.AUTO for i, size in enumerate(leaf.shape) if size > 1}
+    attempts = [dynamic_shapes] if dynamic_shapes is not None else [automatic, None]
     for attempt in attempts:
         try:
             with eval_mode(model), torch.no_grad(), no_fast_paths():
@@ -103,22 +103,6 @@ def capture(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any = N
     ranges = {s: as_bound(r) for s, r in exported.range_constraints.items()}
     program = program_of(graph_module, state, names_of(model), ranges)
     return Capture(program, in_spec, out_spec, guards)
-
-
-def automatic(value: Any) -> Any:
-    """The dynamic shapes of an argument: every dimension larger than one, where the model allows it.
-
-    An object of a registered class goes by its children, as torch.export wants it.
-    """
-
-    def shape(leaf: Any) -> Any:
-        if (kind := pytree.SUPPORTED_NODES.get(type(leaf))) is not None:
-            return [automatic(child) for child in kind.flatten_fn(leaf)[0]]
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return {i: Dim.AUTO for i, size in enumerate(leaf.shape) if size > 1}
-        return None
-
-    return pytree.tree_map(shape, value, is_leaf=lambda v: pytree._get_node_type(v) not in pytree.BUILTIN_TYPES)
 
 
 def with_named_keywords(model: nn.Module, kwargs: dict) -> nn.Module:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +64,8 @@ def example_inputs(model: Any, tokens: int) -> dict[str, Any]:
     text = config.get_text_config()
     ids = torch.arange(2 * tokens).view(2, tokens) % text.vocab_size
     inputs: dict[str, Any] = {name: ids}
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        inputs["decoder_input_ids"] = ids
     return inputs | ({"use_cache": False} if hasattr(text, "use_cache") else {})
 
 
@@ -90,12 +94,12 @@ class LayerKind:
 LAYERS = {
     "DummyLayer": LayerKind(),
     "DynamicLayer": LayerKind(),
-    "DynamicSlidingWindowLayer": LayerKind(
-        numbers=("cumulative_length",), settings=("sliding_window", "record_past")
-    ),
+    "DynamicSlidingWindowLayer": LayerKind(numbers=("cumulative_length",), settings=("sliding_window", "record_past")),
     "StaticLayer": LayerKind(static=True),
     "StaticSlidingWindowLayer": LayerKind(static=True, numbers=("cumulative_length_int",)),
 }
+
+SIZES: WeakKeyDictionary[Any, dict[str, Tensor]] = WeakKeyDictionary()  # by layer and name of the number
 
 
 def flatten_layer(layer: Any) -> tuple[list[Tensor], list[Any]]:
@@ -110,9 +114,17 @@ def flatten_layer(layer: Any) -> tuple[list[Tensor], list[Any]]:
     device = layer.keys.device if filled else None
     leaves = [layer.keys, layer.values] if filled else []
     if kind.static:
-        leaves.append(layer.cumulative_length if filled else torch.empty(layer.max_cache_len, 0))
-    leaves += [torch.empty(getattr(layer, number), 0, device=device) for number in kind.numbers]
+        leaves.append(layer.cumulative_length if filled else sized(layer, "max_cache_len", device))
+    leaves += [sized(layer, number, device) for number in kind.numbers]
     return leaves, [name, filled, {setting: getattr(layer, setting) for setting in kind.settings}]
+
+
+def sized(layer: Any, number: str, device: torch.device | None) -> Tensor:
+    """A tensor [n, 0] for a number n of a layer; the same one while n is: torch.export finds tensors by identity."""
+    known, n = SIZES.setdefault(layer, {}), getattr(layer, number)
+    if number not in known or known[number].shape[0] != n:
+        known[number] = torch.empty(n, 0, device=device)
+    return known[number]
 
 
 def unflatten_layer(leaves: Iterator[Any], context: list[Any]) -> Any:
@@ -226,7 +238,9 @@ def with_caches(outputs: Any, given: list[Any]) -> Any:
 
     outputs = pytree.tree_map(kept, outputs, is_leaf=lambda v: isinstance(v, base))
     if next(waiting, None) is not None:
-        raise InputError("the model was given a cache and returned none, so that is not up to date: give use_cache=True")
+        raise InputError(
+            "the model was given a cache and returned none, so that is not up to date: give use_cache=True"
+        )
     return outputs
 
 

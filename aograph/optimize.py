@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import pipeline
+from . import huggingface, pipeline
 from .capture import Capture, capture, flatten, on_meta, retarget
 from .cost import roofline
 from .errors import CompileError, InputError, RecipeError
 from .recipe import Recipe
 from .report import Report
-from .weights import WeightStore
+from .weights import Source, WeightStore
 
 
 class OptimizedModule(nn.Module):
@@ -45,13 +45,14 @@ class OptimizedModule(nn.Module):
         dump: str | os.PathLike | None,
         max_captures: int,
         progress: bool,
+        source: Source | None = None,
     ):
         super().__init__()
         self.recipe, self.device, self.dynamic_shapes = recipe, device, dynamic_shapes
         self.report: Report | None = None
         self._model = [model]  # in a list: not a submodule
         self._moved = device_of(model) != device
-        self._store = WeightStore(model, device, hand_over)
+        self._store = WeightStore(model, device, hand_over, source)
         self._compile_options = {"fullgraph": True, **compile_options} if compile else None
         self._strict, self._disable, self._dump, self._progress = strict, disable, dump, progress
         self._captures: OrderedDict[int, tuple[Any, Capture, Callable]] = OrderedDict()
@@ -129,6 +130,30 @@ class OptimizedModule(nn.Module):
             raise InputError("the state of an optimized module has no prefix and no destination: call state_dict()")
         return dict(self._store.names)
 
+    def save(
+        self,
+        path: str | os.PathLike,
+        *,
+        max_length: int | None = None,
+        batch_size: int = 1,
+        tokenizer: Any = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Compiles ahead of time, and writes one `.pt2` file that `aograph.load` reads without the model's source.
+
+        It holds the graph `forward`, that of the first capture; for causal language models of transformers also
+        `prefill` and `decode`, over a static cache of `max_length` tokens (default: what the model knows, at most
+        2048) for `batch_size` rows. Where there are none, `aograph inspect` says why. The packed weights are in the
+        file once, the originals not at all. An existing file is replaced by a whole one or not at all.
+
+        tokenizer: a tokenizer, or a folder with the files of one, to go along. options: Inductor's.
+
+        Raises `InputError`, and `CompileError` where the graphs cannot be compiled ahead of time.
+        """
+        from . import export
+
+        export.save(self, path, max_length=max_length, batch_size=batch_size, tokenizer=tokenizer, options=options)
+
     def load_state_dict(self, *_: Any, **__: Any) -> Any:
         raise InputError("an optimized module cannot load weights: load them into the model and optimize it again")
 
@@ -185,7 +210,11 @@ def optimize(
     check_model(model)
     parsed = Recipe.of(recipe)
     target = resolve(device, model)
-    optimized = OptimizedModule(
+    huggingface.register_pytrees()
+    kind = OptimizedModule
+    if huggingface.is_pretrained(model):
+        from .generation import OptimizedPreTrained as kind  # it builds on this file
+    optimized = kind(
         model, parsed, device=target, dynamic_shapes=dynamic_shapes, hand_over=hand_over, compile=compile,
         compile_options=compile_options or {}, strict=strict, disable=disable, dump=dump, max_captures=max_captures,
         progress=progress,

@@ -1,0 +1,79 @@
+"""Hugging Face models: `generate` on captured graphs, with caches that stay the caller's own."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from typing import Any
+
+from . import huggingface
+from .capture import stand_in
+from .errors import InputError
+from .optimize import OptimizedModule
+from .recipe import Recipe
+
+
+class OptimizedPreTrained(OptimizedModule):
+    """A Hugging Face model whose graph was rewritten by a recipe; call it, or its `generate`, as the model's.
+
+    `config`, `generation_config`, `device` and `dtype` are as the model's; `generation_config` is a copy. A cache that
+    is passed in is updated, as the model does it, and is the one in the outputs.
+
+    An encoder-decoder model has its encoder in `encoder`, as `generate` calls that by itself: a module of its own with
+    a report of its own, on the same packed weights.
+    """
+
+    def __init__(self, model: Any, recipe: Recipe, **options: Any):
+        divided = getattr(model.config, "is_encoder_decoder", False)
+        if divided:  # a graph has the encoder, the decoder or both: the rules for the other have nothing to match
+            recipe = Recipe([dataclasses.replace(rule, optional=True) for rule in recipe.rules])
+        super().__init__(model, recipe, **options)
+        self.config, self.dtype = model.config, model.dtype
+        self.encoder: OptimizedModule | None = None
+        members: dict[str, Any] = {"device": property(lambda _: self.device)}
+        if divided:
+            called = stand_in(model, lambda whole, *args, **kwargs: whole.get_encoder()(*args, **kwargs))
+            self.encoder = OptimizedModule(called, recipe, **options).eval()
+            self.encoder._store = self._store
+            encoder = stand_in(model.get_encoder(), lambda _, *args, **kwargs: self.encoder(*args, **kwargs))
+            members["get_encoder"] = lambda *_, **__: encoder
+        shell = stand_in(model, lambda _, *args, **kwargs: self(*args, **kwargs), **members)
+        shell.generation_config = copy.deepcopy(model.generation_config)
+        self._shell = [shell]  # in a list: not a submodule
+
+    @property
+    def generation_config(self) -> Any:
+        """The defaults of `generate`: a copy of the model's, to be changed or replaced at will."""
+        return self._shell[0].generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self._shell[0].generation_config = config
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates tokens, as `generate` of the model does and with its parameters.
+
+        Raises `InputError` where the model cannot generate, for a `compile_config` (the graphs are compiled as
+        `optimize` was told), and for a cache that no graph can take.
+        """
+        model = self._shell[0]
+        if not model.can_generate():
+            raise InputError(f"{type(model).__name__} has no generate: it has no head that predicts tokens")
+        if kwargs.get("compile_config") is not None:
+            raise InputError("the graphs of an optimized module are compiled as compile_options of optimize say: "
+                             "leave compile_config out")  # fmt: skip
+        if isinstance(assistant := kwargs.get("assistant_model"), OptimizedPreTrained):
+            kwargs["assistant_model"] = assistant._shell[0]
+        return model.generate(*args, **{**kwargs, "disable_compile": True})
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes the packed weights, the config and the recipe, for `aograph.load_pretrained`."""
+        from . import checkpoint
+
+        checkpoint.save(self, folder)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = huggingface.caches((args, kwargs))
+        outputs = super().forward(*args, **kwargs)
+        return huggingface.with_caches(outputs, given) if given else outputs
