@@ -21,7 +21,7 @@ from .schemes import Int4WeightOnly, Int8WeightOnly, Keep, Scheme
 __version__ = "0.1.0"
 
 __all__ = [
-    "optimize", "load_pretrained", "explain", "refresh", "OptimizedModule", "LoadingReport", "Recipe", "Rule", "Scheme", "Int4WeightOnly", "Int8WeightOnly",
-    "Keep", "Report", "Row", "AographError", "CaptureError", "CompileError", "InputError", "PassError", "RecipeError",
-    "WeightError",
+    "optimize", "load_pretrained", "explain", "refresh", "load", "OptimizedModule", "Artifact", "LoadingReport",
+    "Recipe", "Rule", "Scheme", "Int4WeightOnly", "Int8WeightOnly", "Keep", "Report", "Row", "AographError",
+    "ArtifactError", "CaptureError", "CompileError", "InputError", "PassError", "RecipeError", "WeightError",
 ]  # fmt: skip

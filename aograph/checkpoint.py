@@ -154,7 +154,7 @@ class Streamed:
     def check(self, name: str) -> None:
         if name not in self.keys and own(self.model, name) is None:
             raise Valueless(
-                f"the model makes the tensor {name} from Python values at each call, which are lost on the meta device; "
+                f"the model makes the tensor {name} of Python values at each call, which are lost on the meta device: "
                 "load it with transformers, and hand it over to optimize"
             )
 

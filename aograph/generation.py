@@ -39,7 +39,7 @@ class OptimizedPreTrained(OptimizedModule):
             encoder = stand_in(model.get_encoder(), lambda _, *args, **kwargs: self.encoder(*args, **kwargs))
             members["get_encoder"] = lambda *_, **__: encoder
         shell = stand_in(model, lambda _, *args, **kwargs: self(*args, **kwargs), **members)
-        shell.generation_config = copy.deepcopy(model.generation_config)
+        shell.generation_config = copy.deepcopy(getattr(model, "generation_config", None))  # BERT has none
         self._shell = [shell]  # in a list: not a submodule
 
     @property
