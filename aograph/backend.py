@@ -48,7 +48,8 @@ class Options:
     recipe: as for `aograph.optimize`. mode: Inductor's mode ("reduce-overhead", "max-autotune" …), which
     `torch.compile` does not take together with options. release: free the originals once they are packed, where no
     graph reads them; their modules then refuse `state_dict()`. report: called with the `Report` of each graph once its
-    weights are packed. strict: a graph of which nothing is rewritten is an error. disable, dump: names of passes to
+    weights are packed. strict: a graph of which nothing is rewritten is an error. compile: False runs graphs eagerly,
+    without Inductor. disable, dump: names of passes to
     leave out; a folder for diffs. model: the module whose qualified names rules and reports use; without it, names
     start at the module whose `forward` Dynamo traced. inductor: Inductor's settings, by name.
     """
@@ -58,6 +59,7 @@ class Options:
     release: bool = False
     report: Callable[[Report], Any] | None = None
     strict: bool = False
+    compile: bool = True
     disable: Collection[str] = ()
     dump: Any = None
     model: nn.Module | None = None
@@ -122,12 +124,15 @@ def through_dynamo(error: AographError, frame: FrameType | None) -> Exception:
 
 def compiled(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     settings = {**options.inductor, **cached_as(options)}
-    as_it_came = lambda: torch._inductor.compile(graph_module, list(example_inputs), options=settings)  # noqa: E731
+
+    def inductor(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return torch._inductor.compile(module, list(inputs), options=settings) if options.compile else module
+
     if not any(isinstance(value, Tensor) for value in example_inputs):
-        return as_it_came()
+        return inductor(graph_module, example_inputs)
     if autocast(graph_module):
         complain("the graph runs under autocast, where nothing is rewritten: cast the model instead", options.strict)
-        return as_it_came()
+        return inductor(graph_module, example_inputs)
 
     dynamo = from_dynamo(graph_module, example_inputs, options.model)
     program = dynamo.program
@@ -142,9 +147,9 @@ def compiled(graph_module: GraphModule, example_inputs: Sequence[Any], options: 
             complain(f"the recipe {str(options.recipe)!r} rewrote nothing of this graph: {reasons}", options.strict)
         if options.report:
             options.report(report)
-        return as_it_came()
+        return inductor(graph_module, example_inputs)
     check_untrained(program)
-    return lowered(dynamo, graph_module, example_inputs, report, options, settings)
+    return lowered(dynamo, graph_module, example_inputs, report, options, inductor)
 
 
 def lowered(
@@ -153,9 +158,9 @@ def lowered(
     example_inputs: Sequence[Any],
     report: Report,
     options: Options,
-    settings: dict[str, Any],
+    compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]],
 ) -> Callable[..., Any]:
-    """The rewritten program under Inductor: weights are inputs again, packed ones filled in at each call."""
+    """The rewritten program, compiled: weights are inputs again, packed ones filled in at each call."""
     program = dynamo.program
     packs = list(program.packs.values())
     unpacked = [name for name in program.weights if name in dynamo.weights]
@@ -171,9 +176,7 @@ def lowered(
     module = GraphModule(program.graph_module, program.graph)
     module.meta.update(graph_module.meta)
     module._param_name_to_source = getattr(graph_module, "_param_name_to_source", {})  # type: ignore[assignment]
-    run = torch._inductor.compile(
-        module, [*(example_inputs[i] for i in taken), *fakes[len(unpacked) :]], options=settings
-    )
+    run = compiler(module, [*(example_inputs[i] for i in taken), *fakes[len(unpacked) :]])
     waiting = [options.report] if options.report else []
 
     def call(*inputs: Any) -> Any:

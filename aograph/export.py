@@ -25,6 +25,7 @@ from .decoding import CacheShape, NoSteps, cache_shapes, default_length, step_of
 from .errors import CompileError, InputError, RecipeError
 from .inline import Inlined, inline, is_tensor
 from .kernels.op import OPS
+from .patterns.language import written
 from .program import Program, expression
 from .report import Report
 from .signature import Signature, Value, evaluate, symbols_of, tree
@@ -114,6 +115,11 @@ def check_request(optimized: OptimizedModule, path: Path, max_length: int | None
         raise InputError(f"an artifact is a .pt2 file, not {path.name}: give {path.with_suffix('.pt2')}")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise InputError(f"{path} cannot be written: its folder is missing or not writable, or it is a folder itself")
+    if optimized._parts is not None:
+        raise InputError(
+            "the model runs in parts, with Python between its graphs, and an artifact needs it whole; "
+            f"it runs {optimized.report.notes[0]}"
+        )
     if not optimized._captures:
         raise InputError("there is no graph to save yet: call the module once, or give example_inputs to optimize")
     for name, value, least in (("max_length", max_length, 2), ("batch_size", batch_size, 1)):
@@ -229,10 +235,8 @@ def signature_of(graph: Graph, exported: ExportedProgram) -> tuple[Signature, li
     """
     user = exported.graph_signature.user_inputs
     compiled = iter([n.meta["val"] for n in exported.graph.find_nodes(op="placeholder") if n.name in user])
-    written = set(exported.graph_signature.user_inputs_to_mutate.values())
-    write = iter([name in written for name in user])
     inputs = tuple(
-        described(name, next(compiled) if is_tensor(node) else node.meta.get("val"), is_tensor(node) and next(write))
+        described(name, next(compiled) if is_tensor(node) else node.meta.get("val"), written(node) is not None)
         for name, node in zip(graph.names, graph.program.inputs, strict=True)
     )
     last = exported.graph.output_node().args[0]
@@ -249,10 +253,10 @@ def signature_of(graph: Graph, exported: ExportedProgram) -> tuple[Signature, li
     return Signature(inputs, gives, ranges, tuple(guards), takes, returns), unread
 
 
-def described(name: str, value: Any, written: bool) -> Value:
+def described(name: str, value: Any, changed: bool) -> Value:
     if isinstance(value, Tensor):
         sizes = tuple(s if isinstance(s, int) else str(expression(s)) for s in value.shape)
-        return Value(name, str(value.dtype).removeprefix("torch."), value.device.type, sizes, written=written)
+        return Value(name, str(value.dtype).removeprefix("torch."), value.device.type, sizes, written=changed)
     if isinstance(value, (bool, int, float, str, type(None))):
         return Value(name, value=value)
     raise CompileError(f"{name} is a {type(value).__name__}: an artifact takes and gives tensors and plain values")

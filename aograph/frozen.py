@@ -77,7 +77,7 @@ class Frozen:
         leaf: Callable[[str, Sequence[Any]], Tensor],
         release: bool,
     ):
-        if release and FORBID is None:
+        if release and not can_release():
             raise InputError(
                 "the option release needs a build of torch that can guard freed memory, as those with CUDA can: leave "
                 "it out, or use aograph.optimize(model, recipe, hand_over=True)"
@@ -160,6 +160,11 @@ def shares(tensor: Tensor, leaves: Sequence[Tensor]) -> bool:
 
 
 # --- releasing originals -----------------------------------------------------------------------------------
+
+
+def can_release() -> bool:
+    """Whether this build of torch can raise where freed memory is read."""
+    return FORBID is not None
 
 
 def released(tensor: Tensor) -> bool:

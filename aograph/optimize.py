@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import warnings
@@ -16,7 +17,8 @@ from torch.utils import _pytree as pytree
 from . import huggingface, pipeline
 from .capture import Capture, capture, flatten, on_meta, retarget
 from .cost import roofline
-from .errors import CompileError, InputError, RecipeError
+from .errors import CaptureError, CompileError, InputError, RecipeError
+from .parts import in_parts
 from .recipe import Recipe
 from .report import Report
 from .weights import Source, WeightStore
@@ -57,6 +59,7 @@ class OptimizedModule(nn.Module):
         self._strict, self._disable, self._dump, self._progress = strict, disable, dump, progress
         self._captures: OrderedDict[int, tuple[Any, Capture, Callable]] = OrderedDict()
         self._count, self._max_captures = 0, max_captures
+        self._parts: Callable | None = None
         self._lock = threading.RLock()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,7 +68,11 @@ class OptimizedModule(nn.Module):
             raise InputError(
                 "an optimized module is for inference: call it under torch.no_grad(), or detach the inputs"
             )
-        captured, run = self._program_for(args, kwargs, flat, spec)
+        found = self._program_for(args, kwargs, flat, spec)
+        if found is None:
+            assert self._parts is not None
+            return self._parts(*args, **kwargs)
+        captured, run = found
         with torch.no_grad():
             try:
                 outputs = run(*flat)
@@ -80,7 +87,7 @@ class OptimizedModule(nn.Module):
 
     def _program_for(
         self, args: tuple, kwargs: dict, flat: Sequence[Any], spec: pytree.TreeSpec
-    ) -> tuple[Capture, Callable]:
+    ) -> tuple[Capture, Callable] | None:
         with self._lock:
             mine, reason = self._kinds(flat, spec), None
             for key, (known, captured, run) in reversed(self._captures.items()):
@@ -91,7 +98,25 @@ class OptimizedModule(nn.Module):
                         return captured, run
             if self.dynamic_shapes is not None and reason is not None:
                 raise InputError(f"the inputs do not fit the dynamic_shapes that were given: {reason}")
+            return self.capture_or_split(args, kwargs)
+
+    def capture_or_split(self, args: tuple, kwargs: dict) -> tuple[Capture, Callable] | None:
+        """A new capture; None where the model cannot be captured whole, and runs in parts from now on."""
+        if self._parts is not None:
+            return None
+        try:
             return self.add_capture(args, kwargs)
+        except CaptureError as error:
+            model = self._model[0]
+            moved = self._moved or any(p.is_meta for p in model.parameters())
+            if self.dynamic_shapes is not None or moved or not takes(model, args, kwargs):
+                raise
+            self.report = self.report or Report()
+            self._parts = in_parts(
+                model, self.recipe, str(error).partition("\n")[0], self.report, self._store.model is not None,
+                self._compile_options, disable=self._disable, dump=self._dump,
+            )  # fmt: skip
+            return None
 
     def _kinds(self, flat: Sequence[Any], spec: pytree.TreeSpec) -> tuple:
         """What must be equal for a call to use a capture: structure, dtypes, devices, ranks, plain values.
@@ -205,6 +230,9 @@ def optimize(
     disable, dump: names of passes to leave out; a folder for a diff after each pass that changes the graph.
     max_captures: how many captures are kept. progress: show a bar while packing, on a terminal.
 
+    A model that cannot be captured whole runs in parts, as behind `torch.compile(backend="aograph")`; a warning and the
+    report say so, where it failed and what it costs. That takes no `dynamic_shapes` and no other `device`.
+
     Raises `AographError`: `RecipeError`, `CaptureError`, `InputError`, `WeightError`, `CompileError`, `PassError`.
     """
     check_model(model)
@@ -221,7 +249,7 @@ def optimize(
     )  # fmt: skip
     optimized.eval()
     if example_inputs is not None:
-        optimized.add_capture(*call_of(example_inputs))
+        optimized.capture_or_split(*call_of(example_inputs))
     return optimized
 
 
@@ -309,6 +337,15 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in [*model.parameters(), *model.buffers()]:
         sizes[tensor.device] = sizes.get(tensor.device, 0) + (0 if tensor.is_meta else tensor.nbytes)
     return max(sizes, key=lambda d: sizes[d], default=torch.device("cpu"))
+
+
+def takes(model: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether a call fits the signature of the model."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def check_model(model: Any) -> None:

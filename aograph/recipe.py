@@ -179,13 +179,13 @@ class Recipe:
         for i, rule in enumerate(self.rules, 1):
             if not rule.selective or rule.optional or any(rule.matches(c) is not False for c in candidates):
                 continue
-            found = f"among {len(candidates)} candidates"
+            found = f" among {len(candidates)} candidates"
             for key in reversed(SELECTORS[:3]):
                 wanted = getattr(rule, key)
                 seen = list(dict.fromkeys(getattr(c, key) for c in candidates))
                 if wanted is not None and not any(Rule(rule.scheme, **{key: wanted}).matches(c) for c in candidates):
-                    found = f"no {key} {wanted!r}; {nearest(wanted, seen)}"
-            yield f"rule {i} ({rule}) matches nothing: {found}"
+                    found = f": no {key} {wanted!r}; {nearest(wanted, seen)}"
+            yield f"rule {i} ({rule}) matches nothing{found}"
 
     def lenient(self) -> Recipe:
         """The same, with all rules optional: for graphs that are parts of a model."""

@@ -80,13 +80,14 @@ class PassRecord:
 @dataclass
 class Report:
     """Rows, totals and the history of passes. `bytes_before` and `bytes_after` count all weights of the program,
-    each storage once. Prints as a table; `as_dict` is for programs."""
+    each storage once. `notes` say what holds for the whole. Prints as a table; `as_dict` is for programs."""
 
     rows: list[Row] = field(default_factory=list)
     history: list[PassRecord] = field(default_factory=list)
     bytes_before: int = 0
     bytes_after: int = 0
     roofline: Roofline | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def rewritten(self) -> list[Row]:
@@ -98,6 +99,7 @@ class Report:
             "history": [dataclasses.asdict(h) for h in self.history],
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "notes": self.notes,
         }
 
     def summary(self) -> str:
@@ -114,7 +116,7 @@ class Report:
         ]  # fmt: skip
         headers = ["name", "operator", "M×N×K", "outcome", "scheme", "kernel", "before", "after", "error", "notes"]
         return tabulate(table, headers, maxcolwidths=[44, None, None, None, None, 40, None, None, None, 48]) + (
-            f"\n{self.summary()}"
+            "".join(f"\n{line}" for line in (self.summary(), *self.notes))
         )
 
     def costs(self) -> str:
