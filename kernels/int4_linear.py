@@ -99,7 +99,7 @@ def aten(case: Case) -> bool | str:
     return linear.aten(case, ATEN_TOKENS)
 
 
-@int4_linear.implementation("aten", supports=aten, standalone=True)
+@int4_linear.implementation("aten", supports=aten)  # not standalone: Inductor gives it a constant of its own
 def _(x, q, scale_zero, group_size, out_features, bias=None):
     P, K, _ = q.shape
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, q.view(P * PANEL, K // 2), group_size, scale_zero)
