@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 import torch
 
+pytest_plugins = ["tests.artifacts"]
+
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 

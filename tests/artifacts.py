@@ -1,4 +1,4 @@
-"""Artifacts that several test files use: each is compiled once."""
+"""Fixtures: artifacts that several test files use, each compiled once."""
 
 import copy
 import types
