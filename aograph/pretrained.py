@@ -218,11 +218,9 @@ def load_generation_config(model: Any, folder: Path) -> None:
     """The defaults of `generate` from generation_config.json, else, as transformers does it, from config.json."""
     if not model.can_generate():
         return
-    settings = type(model.generation_config)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = settings.from_pretrained(folder)
-    else:
-        model.generation_config = settings.from_pretrained(folder, config_file_name="config.json")
+    own = (folder / "generation_config.json").is_file()
+    where = {} if own else {"config_file_name": "config.json", "_from_model_config": True}
+    model.generation_config = type(model.generation_config).from_pretrained(folder, **where)
 
 
 # --- its weights -------------------------------------------------------------------------------------------

@@ -71,8 +71,8 @@ def test_the_direction_of_imports(path):
 
 
 @each_source
-def test_no_file_needs_transformers_but_one(path):
-    assert path.name in ("huggingface.py", "reproducer.py") or not any(
+def test_no_other_file_needs_transformers(path):
+    assert path.name in ("huggingface.py", "pretrained.py", "reproducer.py") or not any(
         allowed(n, ["transformers"]) for n in imports(path)
     )
 

@@ -5,10 +5,12 @@ import weakref
 import pytest
 import torch
 from aograph.kernels import int8_linear
-from aograph.passes import int8_weight_only
 from torch import nn
 
-from aograph import InputError, WeightError, optimize
+from aograph import InputError, Recipe, WeightError, optimize
+from aograph.capture import on_meta
+from aograph.optimize import rewrite
+from aograph.weights import WeightStore
 from tests.programs import Function
 from tests.small_models import MLP, Counting, Tied, untouched
 
@@ -65,7 +67,7 @@ def packed_shapes(monkeypatch):
             shapes.append(tuple(weight.shape))
         return int8_linear.pack(weight, algorithm)
 
-    monkeypatch.setattr(int8_weight_only, "pack", pack)
+    monkeypatch.setattr(int8_linear.int8_linear, "pack", pack)
     return shapes
 
 
@@ -210,6 +212,80 @@ def test_handed_over_buffers_are_written_in_place(x):
     optimized = eager(model, "int8wo", x, hand_over=True)
     optimized(x)
     assert model.calls == 1  # given away: no copy is made
+
+
+# --- sources -----------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """A source that gives copies of a state, and says what was asked for."""
+
+    def __init__(self, state):
+        self.state, self.read = state, []
+
+    def check(self, name):
+        if name not in self.state:
+            raise WeightError(f"{name} is nowhere")
+
+    def original(self, name):
+        self.read.append(name)
+        return self.state[name].clone()
+
+    def holds(self, key):
+        return False
+
+
+def from_source(model, state, x):
+    """Packs a model on meta from a state; (outputs, store)."""
+    source = Kept(state)
+    captured, _ = rewrite(on_meta(model.eval()), Recipe.of("int8wo"), (x,), {}, None, x.device)
+    store = WeightStore(model, x.device, False, source)
+    store.materialize(captured.program)
+    captured.program.graph_module.recompile()
+    return captured.program.graph_module(x)[0], store
+
+
+def test_a_model_on_meta_is_packed_from_a_source(x):
+    model = MLP()
+    output, store = from_source(model, model.state_dict(), x)
+    assert torch.equal(output, eager(model, "int8wo", x)(x))
+    assert store.source.read == ["up.weight", "down.weight", "up.bias", "down.bias"]  # each once
+
+
+def test_what_a_source_does_not_have_is_known_before_anything_is_read(x):
+    model = MLP()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "down.bias"}
+    source = Kept(state)
+    captured, _ = rewrite(on_meta(model.eval()), Recipe.of("int8wo"), (x,), {}, None, x.device)
+    with pytest.raises(WeightError, match=r"down\.bias is nowhere"):
+        WeightStore(model, x.device, False, source).materialize(captured.program)
+    assert not source.read
+
+
+def test_nan_in_a_source_is_named(x):
+    model = MLP()
+    model.down.weight.data[7, 100] = float("nan")
+    with pytest.raises(WeightError, match=r"down\.weight holds NaN or inf, first at \[7, 100\]"):
+        from_source(model, model.state_dict(), x)
+
+
+def test_what_was_not_handed_over_yet_is_the_models(x):
+    """A later call may need a weight as it is that the first did not need at all."""
+
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = MLP(), MLP()
+
+        def forward(self, x, other=False):
+            return self.other(x) if other else self.one(x)
+
+    model = Either()
+    expected = eager(copy.deepcopy(model))(x, other=True)
+    optimized = eager(model, "int8wo", x, hand_over=True)
+    assert model.one.up.weight.is_meta and not model.other.up.weight.is_meta
+    assert torch.equal(optimized(x, other=True), expected)
+    assert model.other.up.weight.is_meta
 
 
 # --- devices -----------------------------------------------------------------------------------------------
