@@ -39,33 +39,65 @@ class Capture:
     out_spec: pytree.TreeSpec
     guards: Callable[..., Any] | None
 
+    @functools.cached_property
+    def sizes(self) -> list[tuple[int, str, list[int | str | Callable[[Mapping[str, int]], Any]]]]:
+        """Of each tensor input the position, the name, and the sizes: numbers, names of symbols, or functions of the
+        symbols by name. Every call is checked against them, so nothing is left to sympy but to evaluate the rest."""
+        tensors = [(i, node) for i, node in enumerate(self.program.inputs) if isinstance(node.meta.get("val"), Tensor)]
+        return [(i, node.name, [plain(expression(size)) for size in node.meta["val"].shape]) for i, node in tensors]
+
+    @functools.cached_property
+    def ranges(self) -> dict[str, Bound]:
+        """The range of each symbol, by its name."""
+        return {size.name: bound for size, bound in self.program.ranges.items() if size.is_Symbol}
+
     def accepts(self, flat: Sequence[Any]) -> str | None:
         """None if the flat inputs fit the captured shapes, else what does not."""
-        bound: dict[sympy.Symbol, int] = {}
-        compound: list[tuple[str, sympy.Expr, int]] = []
-        for node, value in zip(self.program.inputs, flat, strict=True):
-            like = node.meta.get("val")
-            if not isinstance(like, Tensor):
-                continue
-            for i, (size, actual) in enumerate(zip(like.shape, value.shape, strict=True)):
-                expr, where = expression(size), f"{node.name}.shape[{i}]"
-                if isinstance(expr, sympy.Symbol) and bound.setdefault(expr, actual) != actual:
-                    return f"{where} is {actual}, but another dimension that was captured as equal is {bound[expr]}"
-                compound.append((where, expr, actual))
-        for where, expr, actual in compound:
-            if (expected := expr.subs(bound)) != actual:
+        bound: dict[str, int] = {}
+        first: dict[str, str] = {}
+        computed: list[tuple[str, Any, int]] = []
+        for position, name, sizes in self.sizes:
+            for i, (size, actual) in enumerate(zip(sizes, flat[position].shape, strict=True)):
+                if isinstance(size, int):
+                    if size != actual:
+                        return f"{name}.shape[{i}] is {actual}, captured as {size}"
+                elif not isinstance(size, str):
+                    computed.append((f"{name}.shape[{i}]", size, actual))
+                elif size not in bound:
+                    bound[size], first[size] = actual, f"{name}.shape[{i}]"
+                elif bound[size] != actual:
+                    return (
+                        f"{name}.shape[{i}] is {actual}, but another dimension that was captured as equal is "
+                        f"{bound[size]}"
+                    )
+        for where, function, actual in computed:
+            if (expected := function(bound)) != actual:
                 return f"{where} is {actual}, captured as {expected}"
         for symbol, actual in bound.items():
-            low, high = self.program.ranges.get(symbol, (0, None))
+            low, high = self.ranges.get(symbol, (0, None))
             if actual < low or (high is not None and actual > high):
-                where = next(w for w, e, _ in compound if e == symbol)
-                return f"{where} is {actual}, captured for {low} … {'∞' if high is None else high}"
+                return f"{first[symbol]} is {actual}, captured for {low} … {'∞' if high is None else high}"
         if self.guards is not None:
             try:
                 self.guards(*flat)
             except (AssertionError, RuntimeError) as error:
                 return str(error).splitlines()[0]
         return None
+
+
+def plain(size: sympy.Expr) -> int | str | Callable[[Mapping[str, int]], Any]:
+    """A size in plain Python: a number, the name of a symbol, or a function of the symbols by name.
+
+    The function answers with the expression itself where the sizes do not tell all its symbols.
+    """
+    if size.is_Integer:
+        return int(size)
+    if size.is_Symbol:
+        return size.name
+    names = sorted(symbol.name for symbol in size.free_symbols)
+    own = {f.func.__name__: f.func for f in size.atoms(sympy.core.function.Application)}  # those of torch
+    compute = sympy.lambdify(names, size, modules=[own, "math"])
+    return lambda bound: compute(*map(bound.__getitem__, names)) if bound.keys() >= set(names) else size
 
 
 # --- torch.export ------------------------------------------------------------------------------------------
