@@ -11,6 +11,7 @@ A tensor that several graphs use, or one graph under several names, is one recor
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import struct
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,9 @@ from .errors import ArtifactError, InputError
 ROOT = "archive"
 FORMAT = 1  # raised when what is in the file, or what is said about it, changes
 INDEX, ABOUT, TOKENIZER, CODE = "extra/weights.tsv", "extra/aograph.json", "extra/tokenizer/", "data/aotinductor/"
+ALIGNMENT = 64  # bytes
+MARKS = {"archive_format": b"pt2", "archive_version": b"0", "byteorder": b"little", "version": b"3\n"}
+PADDING = struct.Struct("<2sH")  # as torch's own archives mark it; its length
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature; lengths of the name and of the extra field behind it
 DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 
@@ -68,8 +73,8 @@ def index(weights: Mapping[str, Mapping[str, Tensor]]) -> tuple[list[Stored], di
     known: dict[tuple, str] = {}
     for graph, named in weights.items():
         for name, tensor in sorted(named.items()):
-            identity = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.device
-            record = known.setdefault(identity, f"weights/{len(known)}") if tensor.numel() else f"weights/{len(known)}"
+            identity = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+            record = known.setdefault(identity, f"weights/{len(known)}")
             records[record] = tensor
             sizes = tuple(tensor.shape)
             lines.append(Stored(graph, name, record, str(tensor.dtype).removeprefix("torch."), sizes))
@@ -82,18 +87,26 @@ def write(path: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tensor])
     Raises `InputError` where the file cannot be written.
     """
     try:
-        with replacing(path) as file:
-            writer = torch._C.PyTorchFileWriter(file)
-            for name, content in files.items():
-                writer.write_record(name, content, len(content))
+        with replacing(path) as file, zipfile.ZipFile(file, "w") as zip:
+            for name, content in {**MARKS, **files}.items():
+                put(zip, name, content)
             for name, tensor in tensors.items():
                 here = tensor.detach().cpu().contiguous()
-                if here.untyped_storage().nbytes() != here.nbytes:  # a part of a larger one
-                    here = here.clone()
-                writer.write_record(name, here.untyped_storage(), here.nbytes)
-            writer.write_end_of_file()
+                put(zip, name, (ctypes.c_char * here.nbytes).from_address(here.data_ptr()) if here.nbytes else b"")
     except OSError as error:
         raise InputError(f"the artifact {path} cannot be written: {error.strerror}; give another path") from error
+
+
+def put(zip: zipfile.ZipFile, name: str, content: Any) -> None:
+    """Adds a record at a multiple of `ALIGNMENT`, by a padding in the extra field of its header."""
+    entry = zipfile.ZipInfo(f"{ROOT}/{name}")
+    size = memoryview(content).nbytes
+    large = size * 1.05 > zipfile.ZIP64_LIMIT  # as zipfile asks; the sizes then take 20 bytes more
+    assert zip.fp is not None, "open for writing"
+    start = zip.fp.tell() + LOCAL_HEADER.size + len(entry.filename.encode()) + PADDING.size + 20 * large
+    entry.extra = PADDING.pack(b"FB", -start % ALIGNMENT) + bytes(-start % ALIGNMENT)
+    with zip.open(entry, "w", force_zip64=large) as record:
+        record.write(content)
 
 
 @contextmanager

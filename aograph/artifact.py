@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import Tensor
 
 from . import environment, repacking
@@ -19,8 +21,10 @@ from .capture import flatten
 from .decoding import CacheShape, Sampling, generate, prompts_of
 from .errors import ArtifactError, InputError
 from .kernels.op import OPS
+from .report import megabytes
 from .signature import Signature, outline, tree
 
+CACHE = re.compile(r"(key|value)_\d+$")  # inputs of prefill and decode
 RUNNERS = 4  # calls of one graph that may be under way on a GPU at a time
 
 
@@ -313,6 +317,48 @@ def load(path: str | os.PathLike, *, device: torch.device | str | None = None, c
         return Artifact(path, contents, about, target)
     except RuntimeError as error:
         raise ArtifactError(f"the code in {path} could not be loaded: {str(error).splitlines()[0]}") from error
+
+
+def inspect(path: str | os.PathLike) -> dict[str, Any]:
+    """What a file says about itself, its sizes in bytes, and under `misfits` what does not fit this machine.
+
+    Nothing of its code is loaded. Raises `ArtifactError` for a file that is damaged or is no artifact.
+    """
+    contents, about = open_archive(Path(path))
+    contents.check(contents.records)
+
+    def size(prefix: str) -> int:
+        return sum(length for name, (_, length, _) in contents.records.items() if name.startswith(prefix))
+
+    sizes = {"file": len(contents.bytes), "weights": size("weights/"), "code": size(CODE), "tokenizer": size(TOKENIZER)}
+    return {**about, "bytes": sizes, "misfits": environment.misfits(about["environment"]) + missing_ops(about)}
+
+
+def summary(about: Mapping[str, Any]) -> str:
+    """What `inspect` gives, for a reader."""
+    built = about["environment"]
+    place = f"{built.get('gpu', built['processor'])} ({built.get('architecture', built['machine'])})"
+    rows = [
+        ["made by", f"aograph {about['aograph']}, torch {built['torch']}, on {built['system']}"],
+        ["for", f"{built['device']}: {place}"],
+        ["fits this machine", "no: " + "; ".join(about["misfits"]) if about["misfits"] else "yes"],
+        *([part, megabytes(size)] for part, size in about["bytes"].items()),
+        ["recipe", f"sha256 {about['recipe_sha256'][:16]}…\n{about['recipe'].strip()}"],
+    ]
+    for name, each in about["graphs"].items():
+        signature = Signature.of({key: each[key] for key in Signature.__dataclass_fields__})
+        rows.append([f"graph {name}", ""])
+        rows += [["", f"{value}"] for value in signature.inputs if not CACHE.match(value.name)]
+        if cache := [value for value in signature.inputs if CACHE.match(value.name)]:
+            rows.append(["", f"{cache[0]} … {cache[-1]}, written in place"])
+        rows += [["", f"→ {value}"] for value in signature.outputs]
+        limits = [f"{s} from {low} to {'∞' if high is None else high}" for s, (low, high) in signature.ranges.items()]
+        rows += [["", text] for text in (*limits, *signature.guards)]
+        rows += [["", f"{count} × {op} by {kernel}"] for op, kernel, count in each["kernels"]]
+        rows += [["", f"calls aograph::{op}: runs only where this package is, not in C++"] for op in each["outside"]]
+        rows += [["", f"not checked at a call: {text}"] for text in each["unread"]]
+    rows += [["note", note] for note in about["notes"]]
+    return tabulate(rows, tablefmt="plain", maxcolwidths=[None, 100])
 
 
 def open_archive(path: Path) -> tuple[Archive, dict[str, Any]]:

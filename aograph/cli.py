@@ -1,4 +1,4 @@
-"""The command line: `aograph optimize`, `explain`, `recipes`, `env`, `reproduce`."""
+"""The command line: `aograph optimize`, `explain`, `export`, `inspect`, `serve`, `recipes`, `env`, `reproduce`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from . import huggingface, reproducer
+from . import artifact, export, huggingface, reproducer
 from .errors import AographError, InputError
 from .kernels.op import OPS
 from .optimize import OptimizedModule, explain, optimize, rewrite
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    for run, name in ((run_optimize, "optimize"), (run_explain, "explain")):
+    for run, name in ((run_optimize, "optimize"), (run_explain, "explain"), (run_export, "export")):
         added = command(run, name)
         added.add_argument("model", help=MODEL_HELP)
         added.add_argument(
@@ -63,6 +63,21 @@ def parser() -> argparse.ArgumentParser:
                 "--output", type=Path, help="a folder for packed.safetensors, recipe.toml and report.json"
             )
             added.add_argument("--strict", action="store_true", help="a recipe that rewrites nothing is an error")
+        if name == "export":
+            added.add_argument("--output", type=Path, required=True, help="the .pt2 file to write")
+            added.add_argument("--max-length", type=int, help="tokens of the static cache of a language model")
+            added.add_argument("--batch-size", type=int, default=1, help="rows that decode computes at a time")
+            added.add_argument("--tokenizer", type=Path, help="a folder; default: the model's, if it has a tokenizer")
+    added = command(run_inspect, "inspect")
+    added.add_argument("file", type=Path, help="a .pt2 file that export wrote")
+    added.add_argument("--json", action="store_true", help="print all that the file says, as JSON")
+    added = command(run_serve, "serve")
+    added.add_argument("file", type=Path, help="a .pt2 file that export wrote from a language model")
+    added.add_argument("--host", default="127.0.0.1")
+    added.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    added.add_argument("--queue", type=int, default=64, help="requests that may wait; more are answered with 429")
+    added.add_argument("--max-new-tokens", type=int, default=256, help="for one request, at most and by default")
+    added.add_argument("--grace", type=float, default=30, help="seconds to complete answers after SIGTERM or ctrl-C")
     command(run_recipes, "recipes")
     command(run_env, "env")
     command(run_reproduce, "reproduce").add_argument("folder", type=Path)
@@ -92,6 +107,37 @@ def run_explain(options: argparse.Namespace) -> None:
     print_report(report, options)
     if not options.json:
         print(f"\n{report.costs()}")
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """Optimize a model and compile it ahead of time, into one file for serving."""
+    recipe = Recipe.of(options.recipe)
+    export.check_path(options.output)
+    model, inputs = load(options)
+    optimized = optimize(model, recipe, inputs, device=options.device, hand_over=True, compile=False)
+    tokenizer = options.tokenizer
+    if tokenizer is None and Path(options.model, "tokenizer_config.json").is_file():
+        tokenizer = options.model
+    optimized.save(options.output, max_length=options.max_length, batch_size=options.batch_size, tokenizer=tokenizer)
+    print_report(optimized.report, options)
+    if not options.json:
+        print(f"wrote {options.output}")
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    """Show what an artifact holds: graphs, sizes, recipe, and whether it fits this machine."""
+    about = artifact.inspect(options.file)
+    print(json.dumps(about, indent=1) if options.json else artifact.summary(about))
+
+
+def run_serve(options: argparse.Namespace) -> None:
+    """Serve an artifact over HTTP: POST /generate, with streamed tokens if wanted, and GET /health."""
+    try:
+        from .serve import serve
+    except ImportError as error:
+        raise InputError(f"serving needs {error.name}: pip install 'aograph[serve]'") from error
+
+    serve(options.file, options.host, options.port, options.queue, options.max_new_tokens, options.grace)
 
 
 def run_recipes(options: argparse.Namespace) -> None:

@@ -66,7 +66,8 @@ def save(
 ) -> None:
     """Compiles an optimized module ahead of time and writes it, with its weights; see `OptimizedModule.save`."""
     path = Path(path)
-    check_request(optimized, path, max_length, batch_size)
+    check_path(path)
+    check_request(optimized, max_length, batch_size)
     files = tokenizer_files(tokenizer)
     model = optimized._model[0]
     _, captured, _ = next(iter(optimized._captures.values()))
@@ -75,8 +76,9 @@ def save(
     length = max_length or default_length(model)
     notes, generation = [], None
     try:
-        shapes = cache_shapes(on_meta(model) if any(p.is_meta for p in model.parameters()) else model, length)
-        graphs |= step_graphs(optimized, model, shapes, batch_size, length)
+        whole = on_meta(model) if any(p.is_meta for p in model.parameters()) else model  # not on several devices
+        shapes = cache_shapes(whole, length)
+        graphs |= step_graphs(optimized, whole, shapes, batch_size, length)
         generation = generation_of(model, shapes, batch_size, length)
     except NoSteps as reason:
         notes.append(f"no graphs prefill and decode: {reason}")
@@ -99,8 +101,6 @@ def save(
         }
         code = {file: content for name in built for file, content in code_of(Path(folder, f"{name}.pt2"), name)}
         records = {
-            "archive_format": b"pt2",
-            "archive_version": b"0",
             archive.ABOUT: json.dumps(about, indent=1).encode(),
             archive.INDEX: "".join(f"{line.line()}\n" for line in lines).encode(),
             **{archive.TOKENIZER + name: content for name, content in files.items()},
@@ -109,16 +109,20 @@ def save(
         archive.write(path, records, tensors)
 
 
-def check_request(optimized: OptimizedModule, path: Path, max_length: int | None, batch_size: int) -> None:
-    """Raises `InputError` for what cannot be saved or written, before any work is done."""
+def check_path(path: Path) -> None:
+    """Raises `InputError` for a file that cannot be written or is not called `.pt2`, before any work is done."""
     if path.suffix != ".pt2":
         raise InputError(f"an artifact is a .pt2 file, not {path.name}: give {path.with_suffix('.pt2')}")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise InputError(f"{path} cannot be written: its folder is missing or not writable, or it is a folder itself")
+
+
+def check_request(optimized: OptimizedModule, max_length: int | None, batch_size: int) -> None:
+    """Raises `InputError` for what cannot be saved, before any work is done."""
     if optimized._parts is not None:
         raise InputError(
-            "the model runs in parts, with Python between its graphs, and an artifact needs it whole; "
-            f"it runs {optimized.report.notes[0]}"
+            "the model could not be captured whole and runs in parts, so that there is no graph to save: its report "
+            "says where the capture failed"
         )
     if not optimized._captures:
         raise InputError("there is no graph to save yet: call the module once, or give example_inputs to optimize")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import aograph
 from aograph import Recipe
 from aograph.cli import main
 from aograph.schemes import PRESETS
@@ -75,14 +76,41 @@ def test_a_dtype(capsys):
         (["optimize", HERE, "--output", "/dev/null/folder"], "cannot be written"),
         (["optimize", HERE, "--recipe", "int4wo+up:none+down:none", "--strict"], "rewrote nothing"),
         (["explain", HERE, "--device", "no_such_device"], "no_such_device"),
+        (["inspect", "no/such.pt2"], "cannot be read"),
+        (["export", HERE, "--recipe", "int8wo", "--output", "model.zip"], "an artifact is a .pt2 file"),
+        (["export", HERE, "--recipe", "int8wo", "--output", "/no/such/model.pt2"], "cannot be written"),
     ],
 )
 def test_errors_are_one_line_and_a_status(arguments, message, capsys):
-    if arguments[0] != "reproduce" and "--device" not in arguments:
+    if arguments[0] not in ("reproduce", "inspect") and "--device" not in arguments:
         arguments = [*arguments, "--device", "cpu"]
     assert main(arguments) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and message in captured.err and "Traceback" not in captured.err
+
+
+def test_inspect(capsys, language_model):
+    assert main(["inspect", str(language_model.path)]) == 0
+    printed = capsys.readouterr().out
+    for text in ("fits this machine  yes", "graph decode", "input_ids: int64[2, 1]", "key_0: float32[2, 2, 48, 64] …",
+                 "int4_linear by dequantize", "[[rule]]"):  # fmt: skip
+        assert text in printed, text
+
+
+def test_inspect_as_json(capsys, few_tokens):
+    assert main(["inspect", str(few_tokens.path), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["misfits"] == [] and about["graphs"].keys() == {"forward"}
+    assert about["bytes"]["file"] == few_tokens.path.stat().st_size
+
+
+def test_export(capsys, tmp_path):
+    output = tmp_path / "exported.pt2"
+    given = ["export", HERE, "--recipe", "int8wo+up:none", "--device", "cpu", "--output", str(output)]
+    assert main(given) == 0
+    assert "1 rewritten, 1 excluded" in capsys.readouterr().out
+    model, x = factory()
+    torch.testing.assert_close(aograph.load(output)(x), model(x), rtol=0.1, atol=0.05)
 
 
 def test_recipes(capsys):
