@@ -16,6 +16,7 @@ FOLDERS = {
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 PRIVATE = ("torch._inductor", "torch._dynamo", "torch._functorch", "torch._higher_order_ops")
 IR = {f"aograph.{name}" for name in ("program", "expression", "report", "schemes", "predicate", "weights")}
+SERVER = {"starlette", "uvicorn", "tokenizers"}
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
 
 
@@ -64,7 +65,7 @@ def test_the_direction_of_imports(path):
         "patterns": {"torch", "aograph.patterns"},
         "kernels": {"torch", "triton", "aograph.kernels"},
         "passes": {"torch", "aograph.patterns", "aograph.kernels", "aograph.passes", *IR},
-        "aograph": {"torch", "aograph", "sympy", "tabulate", "tqdm", "safetensors", "transformers"},
+        "aograph": {"torch", "aograph", "sympy", "tabulate", "tqdm", "safetensors", "transformers", *SERVER},
     }[path.parent.name]
     wrong = {name for name in others(path) if not allowed(name, may)}
     assert not wrong
@@ -75,6 +76,11 @@ def test_no_other_file_needs_transformers(path):
     assert path.name in ("huggingface.py", "pretrained.py", "reproducer.py") or not any(
         allowed(n, ["transformers"]) for n in imports(path)
     )
+
+
+@each_source
+def test_no_other_file_needs_the_server(path):
+    assert path.name == "serve.py" or not any(allowed(name, SERVER) for name in imports(path))
 
 
 def test_private_modules_of_torch_are_imported_by_one_adapter_at_most():
