@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+from types import SimpleNamespace
 from typing import Any
+
+from torch import nn
 
 from . import huggingface
 from .capture import stand_in
-from .errors import InputError
+from .errors import InputError, RecipeError
 from .optimize import OptimizedModule
-from .recipe import Recipe
+from .recipe import Recipe, Rule
 
 
 class OptimizedPreTrained(OptimizedModule):
@@ -26,8 +29,8 @@ class OptimizedPreTrained(OptimizedModule):
 
     def __init__(self, model: Any, recipe: Recipe, **options: Any):
         divided = getattr(model.config, "is_encoder_decoder", False)
-        if divided:  # a graph has the encoder, the decoder or both: the rules for the other have nothing to match
-            recipe = Recipe([dataclasses.replace(rule, optional=True) for rule in recipe.rules])
+        if divided:
+            recipe = optional_rules(recipe, model)
         super().__init__(model, recipe, **options)
         self.config, self.dtype = model.config, model.dtype
         self.encoder: OptimizedModule | None = None
@@ -77,3 +80,17 @@ class OptimizedPreTrained(OptimizedModule):
         given = huggingface.caches((args, kwargs))
         outputs = super().forward(*args, **kwargs)
         return huggingface.with_caches(outputs, given) if given else outputs
+
+
+def optional_rules(recipe: Recipe, model: nn.Module) -> Recipe:
+    """A recipe for graphs that have an encoder, a decoder or both, so that rules for the other have nothing to match.
+
+    Raises `RecipeError` for a rule whose name is that of no module or parameter of the whole model.
+    """
+    names = [name for named in (model.named_modules(), model.named_parameters()) for name, _ in named]
+    for rule in recipe.rules:
+        if rule.name is not None and not rule.optional:
+            named = Rule(rule.scheme, name=rule.name.partition("[")[0] if "re:" not in rule.name else rule.name)
+            if not any(named.matches(SimpleNamespace(name=name)) for name in names):  # type: ignore[arg-type]
+                raise RecipeError(f"no module of the model has a name that the rule {rule} selects")
+    return Recipe(tuple(dataclasses.replace(rule, optional=True) for rule in recipe.rules))

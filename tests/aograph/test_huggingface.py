@@ -3,12 +3,14 @@ import sys
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from aograph import InputError, optimize
-from aograph.huggingface import load, register_pytrees
+from aograph.huggingface import caches, load, register_pytrees
 from tests.models.zoo import MINI, build
 
 transformers = pytest.importorskip("transformers")
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache  # noqa: E402
 
 
 def test_importing_aograph_imports_no_transformers():
@@ -69,3 +71,107 @@ def test_a_cache_goes_out_and_comes_back_in():
     second = plain(input_ids=step, past_key_values=first.past_key_values, use_cache=True)
     torch.testing.assert_close(second.logits[:, -1], whole, rtol=1e-3, atol=1e-3)
     assert second.past_key_values.get_seq_length() == start.shape[1] + 1
+
+
+# --- caches as pytrees -------------------------------------------------------------------------------------
+
+
+def sizes():
+    return transformers.MistralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, sliding_window=6, layer_types=["full_attention", "sliding_attention"],
+    )  # fmt: skip
+
+
+def fill(cache, length):
+    own = getattr(cache, "self_attention_cache", cache)
+    for layer in range(2):
+        own.update(torch.randn(3, 2, length, 8), torch.randn(3, 2, length, 8), layer)
+    return cache
+
+
+def pair(make):
+    cache = EncoderDecoderCache(make(), make())
+    fill(cache.cross_attention_cache, 5)
+    cache.is_updated = {0: True, 1: True}
+    return cache
+
+
+MAKE = {
+    "lazy": DynamicCache,
+    "dynamic": lambda: DynamicCache(config=sizes()),
+    "static": lambda: StaticCache(sizes(), max_cache_len=20),
+    "pair": lambda: pair(lambda: DynamicCache(config=sizes())),
+}
+each_cache = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+
+
+def state(cache):
+    """All that a cache knows, tensors by their addresses."""
+    if isinstance(cache, EncoderDecoderCache):
+        return state(cache.self_attention_cache), state(cache.cross_attention_cache), cache.is_updated
+    skipped = ("_sliding_window_tensor",)
+    return [
+        {k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in vars(layer).items() if k not in skipped}
+        for layer in cache.layers
+    ]
+
+
+@each_cache
+@pytest.mark.parametrize("length", [0, 3, 9])
+def test_a_cache_is_the_same_after_flattening(make, length):
+    register_pytrees()
+    cache = fill(make(), length) if length else make()
+    leaves, spec = pytree.tree_flatten(cache)
+    assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+    again = pytree.tree_unflatten(leaves, spec)
+    assert type(again) is type(cache)
+    if length:
+        assert state(again) == state(cache)
+    assert fill(again, 1).get_seq_length() == length + 1
+
+
+@each_cache
+def test_the_structure_does_not_tell_the_length(make):
+    """Else each token would need another graph."""
+    register_pytrees()
+    specs = [pytree.tree_structure(fill(make(), length)) for length in (3, 4, 9)]
+    assert specs[0] == specs[1] == specs[2] != pytree.tree_structure(make())
+    assert pytree.treespec_loads(pytree.treespec_dumps(specs[0])) == specs[0]
+
+
+def test_registrations_of_others_are_replaced():
+    """In a process of its own: transformers' registration of DynamicCache forgets how far a window has moved."""
+    code = """
+import torch
+from torch.utils import _pytree as pytree
+from transformers import DynamicCache, MistralConfig
+from transformers.integrations.executorch import register_dynamic_cache_export_support
+from aograph.huggingface import register_pytrees
+register_dynamic_cache_export_support()
+register_pytrees()
+register_dynamic_cache_export_support()
+cache = DynamicCache(config=MistralConfig(num_hidden_layers=1, sliding_window=4))
+cache.update(torch.zeros(1, 1, 9, 8), torch.zeros(1, 1, 9, 8), 0)
+print(pytree.tree_unflatten(*pytree.tree_flatten(cache)).get_seq_length())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "9", done.stderr
+
+
+def test_caches_that_no_graph_can_take():
+    register_pytrees()
+    offloading = DynamicCache(config=sizes(), offloading=False)
+    offloading.offloading = True
+    with pytest.raises(InputError, match="a cache that offloads"):
+        pytree.tree_flatten(offloading)
+
+    class Strange(DynamicCache):
+        pass
+
+    with pytest.raises(InputError, match="a Strange cannot go in or out of a captured graph; those that can: Dynamic"):
+        caches({"past_key_values": Strange()})
+    unknown = DynamicCache()
+    unknown.layers = [type("Novel", (), {})()]
+    with pytest.raises(InputError, match="layers of the class Novel"):
+        pytree.tree_flatten(unknown)

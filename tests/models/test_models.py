@@ -1,67 +1,25 @@
 """Whole models: each product on a weight is a row of the report, and the rewritten graph computes what the model
 would compute on the dequantized weights."""
 
-import copy
 import functools
 from pathlib import Path
 
 import pytest
 import torch
-from aograph.kernels import int4_linear, int8_linear
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from aograph import optimize
-from aograph.program import get_attribute
 
 from .counter import count_products
+from .dequantized import INT4, INT8, dequantized
 from .zoo import MINI, MODELS, build, ids
 
 SMALL = Path(__file__).parents[3] / "shared" / "models" / "small"
-INT8, INT4 = "int8wo", "int4wo(group_size=32, algorithm=minmax)"  # minmax packs fastest
-UNPACK = {
-    INT8: lambda packed, N: int8_linear.unpack(*packed),
-    INT4: lambda packed, N: int4_linear.unpack(*packed, 32, N),
-}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 both_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 both_recipes = pytest.mark.parametrize("recipe", [INT8, INT4])
-
-
-def owner(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
-
-
-def untie(model: nn.Module, aliases: dict[str, str]) -> dict[str, str]:
-    """Gives a linear that shares an embedding's table a weight of its own; by name of the table, that weight's name."""
-    untied = {}
-    for alias, name in aliases.items():
-        if isinstance(owner(model, name), nn.Embedding) and not isinstance(owner(model, alias), nn.Embedding):
-            weight = nn.Parameter(get_attribute(model, name).detach().clone())
-            setattr(owner(model, alias), alias.rpartition(".")[2], weight)
-            untied[name] = alias
-    return untied
-
-
-@torch.no_grad()
-def dequantized(model: nn.Module, optimized, recipe: str) -> nn.Module:
-    """A copy of the model in which every weight that was packed is what its packed form stands for."""
-    model = copy.deepcopy(model)
-    for _, captured, _ in optimized._captures.values():
-        untied = untie(model, captured.program.aliases)
-        packs = [pack for pack in captured.program.packs.values() if pack.op is not None]
-        names = {name for pack in packs for name in pack.weight.leaves}
-        original = {name: get_attribute(model, untied.get(name, name)) for name in names}
-        for pack in packs:
-            parts = pack.weight.args[0] if "cat" in str(pack.weight.target) else [pack.weight]
-            views = [part.evaluate(original.__getitem__) for part in parts]
-            sizes = [len(view) for view in views]
-            weight = UNPACK[recipe](optimized._store.packed[pack.key], sum(sizes))
-            for view, values in zip(views, weight.split(sizes), strict=True):
-                assert view._is_view() or isinstance(view, nn.Parameter)
-                view.copy_(values)
-    return model
 
 
 def tensors(outputs) -> list[Tensor]:
