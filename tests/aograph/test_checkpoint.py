@@ -141,8 +141,6 @@ def test_bit_for_bit(optimized, packed):
     assert again.recipe == optimized.recipe and str(again.report) == str(optimized.report)
     inputs = {"input_ids": ids(3, 7), "use_cache": False}
     assert torch.equal(again(**inputs).logits, optimized(**inputs).logits)
-    expected = optimized.generate(ids(1, 4), max_new_tokens=3, do_sample=False)
-    assert torch.equal(again.generate(ids(1, 4), max_new_tokens=3, do_sample=False), expected)
 
 
 def test_in_another_process(optimized, packed, tmp_path):
@@ -169,6 +167,8 @@ def test_a_model_that_was_loaded_by_transformers(original, tmp_path):
     again = load(tmp_path / "packed")
     check_same(again, optimized)
     assert torch.equal(again(**inputs).logits, optimized(**inputs).logits)
+    tokens = optimized.generate(ids(1, 4), max_new_tokens=3, do_sample=False)
+    assert torch.equal(again.generate(ids(1, 4), max_new_tokens=3, do_sample=False), tokens)
 
 
 def test_the_recipe_may_be_given_again(packed):
