@@ -148,6 +148,7 @@ def step_graphs(
         args = ids, torch.zeros_like(ids), *cache
         captured, report = rewrite(step, optimized.recipe, args, {}, how, optimized.device, disable=optimized._disable)
         optimized._store.materialize(captured.program, optimized._progress)
+        captured.program.graph_module.recompile()
         names = [f"{kind}_{layer}" for layer in range(len(shapes)) for kind in ("key", "value")]
         graphs[name] = Graph(captured, report, ["input_ids", "positions", *names])
     return graphs

@@ -1,0 +1,167 @@
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import aograph
+from aograph import InputError, archive, export
+from aograph.artifact import inspect, load
+from aograph.decoding import cache_shapes
+from tests.artifacts import FAST_BUILD
+from tests.models.zoo import MINI, build, ids
+from tests.small_models import MLP, Branching
+
+
+def optimized(model=None, *inputs, **options):
+    return aograph.optimize(model or MLP(), "int8wo", inputs or (torch.randn(5, 64),), compile=False, **options)
+
+
+@pytest.mark.parametrize(
+    "make, name, options, message",
+    [
+        (optimized, "model.zip", {}, "give .*model.pt2"),
+        (optimized, "no/such/model.pt2", {}, "cannot be written"),
+        (optimized, "model.pt2", {"batch_size": 0}, "batch_size is 0"),
+        (optimized, "model.pt2", {"max_length": 1}, "max_length is 1"),
+        (optimized, "model.pt2", {"max_length": "many"}, "max_length is 'many'"),
+        (optimized, "model.pt2", {"tokenizer": "/dev"}, "no files of a tokenizer"),
+        (lambda: aograph.optimize(MLP(), "int8wo"), "model.pt2", {}, "no graph to save yet"),
+    ],
+)
+def test_requests_that_cannot_be_met(make, name, options, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        make().save(tmp_path / name, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_in_parts_has_no_graph(tmp_path, fresh_compiler):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast = optimized(Branching())
+    with pytest.raises(InputError, match="runs in parts"):
+        fast.save(tmp_path / "model.pt2")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "model.pt2"
+    path.write_bytes(b"old")
+    with pytest.raises(aograph.CompileError, match="AOTInductor could not compile the graph forward"):
+        optimized().save(path, options={"no_such_option": 1})
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("hand_over", [False, True])
+def test_steps_share_what_forward_has_packed(hand_over):
+    model, inputs = build("llama")
+    fast = aograph.optimize(model, "int8wo", inputs, hand_over=hand_over, compile=False)
+    before = {key: [t.data_ptr() for t in packed] for key, packed in fast._store.packed.items()}
+    whole = export.on_meta(model) if hand_over else model
+    graphs = export.step_graphs(fast, whole, cache_shapes(whole, 16), 2, 16)
+    assert {key: [t.data_ptr() for t in packed] for key, packed in fast._store.packed.items()} == before
+    prefill, decode = (graphs[name].program.graph_module for name in ("prefill", "decode"))
+    cache = [torch.zeros(2, 2, 16, 64) for _ in range(4)]
+    tokens = ids(1, 6)
+    with torch.no_grad():
+        expected = fast(input_ids=tokens.expand(2, -1), use_cache=False).logits[:1]
+        first = prefill(tokens[:, :5], torch.arange(5)[None], *(t[1:] for t in cache))[0]
+        positions = torch.tensor([[0], [5]])
+        second = decode(tokens[:, 5:].expand(2, 1), positions, *cache)[0][1:]
+    torch.testing.assert_close(first, expected[:, 4], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(second, expected[:, 5], rtol=1e-3, atol=1e-3)
+
+
+def test_what_the_file_says(language_model):
+    about = inspect(language_model.path)
+    assert about["graphs"].keys() == {"forward", "prefill", "decode"} and not about["notes"] and not about["misfits"]
+    assert about["generation"]["batch_size"] == 2 and about["generation"]["max_length"] == 48
+    assert about["generation"]["eos_token_id"] == [0]
+    prefill = about["graphs"]["prefill"]
+    assert [value["name"] for value in prefill["inputs"][:4]] == ["input_ids", "positions", "key_0", "value_0"]
+    (symbol,) = {size for value in prefill["inputs"] for size in value["sizes"] if isinstance(size, str)}
+    assert prefill["ranges"] == {symbol: [2, 48]}
+    assert [value["written"] for value in prefill["inputs"]] == [False, False, True, True, True, True]
+    assert about["graphs"]["forward"]["report"]["bytes_after"] == language_model.fast.report.bytes_after
+
+
+def test_no_weight_is_a_number_in_the_code(few_tokens):
+    """However small, such as a bias of few numbers: it could not be updated."""
+    names = {entry.name for entry in archive.Archive(few_tokens.path).index}
+    assert {"up.bias", "down.bias"} <= names
+
+
+class Odd(nn.Module):
+    """Sizes in products, a tied output, a plain output, a buffer that counts, a bias of three numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, scale):
+        self.calls.add_(1)
+        pairs = x.view(-1, 2, 64)
+        return {"y": self.linear(pairs) * scale["by"], "count": self.calls.clone(), "none": None, "again": [x]}
+
+
+def test_an_odd_model(tmp_path):
+    model = Odd().eval()
+    x, scale = torch.randn(6, 64), {"by": torch.tensor(2.0)}
+    fast = aograph.optimize(model, "int8wo", (x, scale), compile=False)
+    fast.save(tmp_path / "odd.pt2", options=FAST_BUILD)
+    artifact = load(tmp_path / "odd.pt2")
+    x = torch.randn(10, 64)
+    found, expected = artifact(x, scale), fast(x, scale)
+    torch.testing.assert_close(found["y"], expected["y"], rtol=1e-4, atol=1e-4)
+    assert found["none"] is None and torch.equal(found["again"][0], x)
+    assert artifact(x, scale)["count"] == found["count"] + 1
+    with pytest.raises(InputError, match=r"x.shape\[0\] is 9"):
+        artifact(torch.randn(9, 64), scale)
+    bias = model.linear.bias.detach()
+    artifact.update_weights({"linear.bias": bias + 1})
+    torch.testing.assert_close(artifact(x, scale)["y"], found["y"] + 2, rtol=1e-4, atol=1e-4)
+
+
+def test_files_of_a_tokenizer():
+    transformers = pytest.importorskip("transformers")
+    of_folder = export.tokenizer_files(MINI)
+    assert of_folder.keys() == {"tokenizer.json", "tokenizer_config.json"}
+    of_object = export.tokenizer_files(transformers.AutoTokenizer.from_pretrained(MINI))
+    assert "tokenizer.json" in of_object and export.tokenizer_files(None) == {}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("recipe", ["int8wo", "int4wo"])
+@pytest.mark.parametrize("tokens", [4, None])
+def test_on_a_gpu(recipe, tokens, tmp_path):
+    """Few tokens: Triton kernels in the package; any number of tokens: dequantization."""
+    model = MLP(256, 512).to("cuda", torch.bfloat16).eval()
+    x = torch.randn(4, 256).to("cuda", torch.bfloat16)
+    shapes = ({},) if tokens else None
+    fast = aograph.optimize(model, recipe, x, dynamic_shapes=shapes, compile=False)
+    fast.save(tmp_path / "model.pt2")
+    artifact = load(tmp_path / "model.pt2")
+    kernels = {kernel for _, kernel, _ in artifact.about["graphs"]["forward"]["kernels"]}
+    assert kernels == {"triton" if tokens else "dequantize"} and artifact.environment["architecture"].startswith("sm_")
+    for M in [tokens] if tokens else [2, 100, 1000]:
+        x = torch.randn(M, 256).to(model.up.weight)
+        torch.testing.assert_close(artifact(x), fast(x), rtol=3e-2, atol=3e-2)
+    artifact.update_weights({name: -tensor for name, tensor in model.state_dict().items() if "down" in name})
+    torch.testing.assert_close(artifact(x), -fast(x), rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.cuda
+def test_a_language_model_on_a_gpu(tmp_path):
+    model, inputs = build("llama")
+    model = model.to("cuda", torch.bfloat16)
+    fast = aograph.optimize(model, "int4wo", {**inputs, "input_ids": inputs["input_ids"].cuda()}, compile=False)
+    fast.save(tmp_path / "model.pt2", max_length=48, batch_size=2)
+    artifact = load(tmp_path / "model.pt2")
+    assert "triton" in {kernel for _, kernel, _ in artifact.about["graphs"]["decode"]["kernels"]}
+    prompt = ids(2, 9).cuda()
+    found = artifact.generate(prompt, 16)
+    cache = artifact.new_cache()
+    logits = torch.cat([artifact.prefill(prompt[row : row + 1], cache, row) for row in range(2)])
+    expected = fast(input_ids=prompt, use_cache=False).logits[:, -1]
+    assert (logits - expected).norm() <= 3e-2 * expected.norm()
+    assert found.shape == (2, 25) and torch.equal(found, artifact.generate(prompt, 16))
