@@ -274,8 +274,8 @@ def from_dynamo(
         if node.target not in state and isinstance(value, Tensor):
             state[node.target] = value
     for node in traced.graph.nodes:
-        if node.op == "get_attr" and "val" not in node.meta:
-            node.meta["val"] = mode.from_tensor(get_attribute(traced, node.target))
+        if node.op == "get_attr" and isinstance(state.get(node.target), Tensor) and node.target not in weights:
+            node.meta["val"] = mode.from_tensor(state[node.target])  # tracing knows it under a mode of its own
         if node.target is torch._C._set_grad_enabled:
             node.meta["val"], (records,) = None, node.args
         node.meta["grad"] = records
