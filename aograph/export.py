@@ -34,9 +34,13 @@ if TYPE_CHECKING:
     from .optimize import OptimizedModule
 
 
-# Weights come from the file, not from the code; and none, however small, is written into the code as numbers: they
+# Weights come from the file, not from the code; and no number in the code was computed from one, however small: it
 # could not be updated.
-OPTIONS = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True}
+OPTIONS = {
+    "aot_inductor.package_constants_in_so": False,
+    "always_keep_tensor_constants": True,
+    "joint_graph_constant_folding": False,
+}
 TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*",
 )  # fmt: skip
@@ -244,8 +248,8 @@ def signature_of(graph: Graph, exported: ExportedProgram) -> tuple[Signature, li
         described(name, next(compiled) if is_tensor(node) else node.meta.get("val"), written(node) is not None)
         for name, node in zip(graph.names, graph.program.inputs, strict=True)
     )
-    last = exported.graph.output_node().args[0]
-    outputs = [node.meta["val"] if isinstance(node, torch.fx.Node) else node for node in last]
+    results = iter([node.meta["val"] for node in exported.graph.output_node().args[0]])
+    outputs = [next(results) if is_tensor(value) else value for value in graph.program.graph.output_node().args[0]]
     symbols = {name for i in inputs for size in i.sizes for name in symbols_of(size)}
     ranges = {}
     for symbol, bounds in exported.range_constraints.items():
@@ -264,6 +268,7 @@ def described(name: str, value: Any, changed: bool) -> Value:
         return Value(name, str(value.dtype).removeprefix("torch."), value.device.type, sizes, written=changed)
     if isinstance(value, (bool, int, float, str, type(None))):
         return Value(name, value=value)
+    value = value.meta["val"] if isinstance(value, torch.fx.Node) else value
     raise CompileError(f"{name} is a {type(value).__name__}: an artifact takes and gives tensors and plain values")
 
 

@@ -24,9 +24,9 @@ from .program import Program, expression, get_attribute, set_attribute
 class Inlined:
     """A program ready for AOTInductor.
 
-    exported: takes the program's inputs that are tensors, in their order. kernels: how often which implementation of
-    which op stands in the graph, as ("int8_linear", "dequantize"). outside: names of the ops that have no standalone
-    implementation here: the graph still calls them, and runs only where this package is.
+    exported: takes the program's inputs, and gives its outputs, that are tensors, in their order. kernels: how often
+    which implementation of which op stands in the graph, as ("int8_linear", "dequantize"). outside: names of the ops
+    that have no standalone implementation here: the graph calls them, and runs only where this package is.
     """
 
     exported: ExportedProgram
@@ -65,7 +65,7 @@ def choose(program: Program, node: Node) -> Implementation | None:
 
 
 def runnable(program: Program, chosen: dict[Node, Implementation]) -> nn.Module:
-    """A module that owns the program's weights by name, and computes it from the inputs that are tensors."""
+    """A module that owns the program's weights by name, and computes its outputs that are tensors from such inputs."""
     root = nn.Module()
     for node in program.graph.find_nodes(op="get_attr"):
         value = get_attribute(program.graph_module, node.target)
@@ -77,14 +77,16 @@ def runnable(program: Program, chosen: dict[Node, Implementation]) -> nn.Module:
 
     def forward(*tensors: Tensor) -> Any:
         given = iter(tensors)
-        return steps.run(*(next(given) if is_tensor(node) else node.meta.get("val") for node in program.inputs))
+        outputs = steps.run(*(next(given) if is_tensor(node) else node.meta.get("val") for node in program.inputs))
+        return [value for value in outputs if isinstance(value, Tensor)]
 
     root.forward = forward
     return root
 
 
-def is_tensor(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
+def is_tensor(value: Any) -> bool:
+    """Whether an input or output of a graph is a tensor; outputs may be plain values, which are no nodes."""
+    return isinstance(value, Node) and isinstance(value.meta.get("val"), Tensor)
 
 
 class Steps(Interpreter):
