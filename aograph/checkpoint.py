@@ -29,6 +29,7 @@ from .errors import InputError, WeightError
 from .kernels.op import OPS
 from .program import get_attribute, nbytes
 from .recipe import Recipe
+from .weights import Source
 
 if TYPE_CHECKING:
     from .optimize import OptimizedModule
@@ -140,8 +141,8 @@ class Valueless(WeightError):
 
 
 @dataclass
-class Streamed:
-    """The weights of a model on meta, by its names, out of a checkpoint: a `Source`.
+class Streamed(Source):
+    """The weights of a model on meta, by its names, out of a checkpoint.
 
     keys: the names of the checkpoint by those of the model. Buffers that no checkpoint holds are the model's own.
     """
@@ -163,9 +164,6 @@ class Streamed:
             return own(self.model, name).to(self.device, copy=True)
         like = get_attribute(self.model, name)
         return self.checkpoint.read(self.keys[name]).to(self.device, like.dtype, copy=True)
-
-    def holds(self, key: str) -> bool:
-        return False
 
 
 def own(model: nn.Module, name: str) -> Any:
@@ -226,8 +224,8 @@ class Contents:
 
 
 @dataclass
-class Repacked:
-    """The weights of a model on meta out of a packed folder: a `Source`."""
+class Repacked(Source):
+    """The weights of a model on meta out of a packed folder."""
 
     model: nn.Module
     checkpoint: Checkpoint

@@ -105,7 +105,7 @@ def load_pretrained(
     parsed = Recipe.of("int4wo" if recipe is None else recipe)
 
     def optimized(model: Any, source: Source | None, report: LoadingReport) -> OptimizedModule:
-        module = OptimizedPreTrained(
+        module: Any = OptimizedPreTrained(
             model, parsed, device=target, dynamic_shapes=dynamic_shapes, hand_over=source is None, compile=compile,
             compile_options=compile_options or {}, strict=strict, disable=disable or (), dump=dump,
             max_captures=max_captures, progress=progress, source=source,
@@ -196,7 +196,7 @@ def parameters_on_meta() -> Iterator[None]:
     """Parameters of modules that this thread makes go to meta as they are registered: they are never initialized."""
     thread = threading.get_ident()
 
-    def hook(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def hook(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta or threading.get_ident() != thread:
             return None
         return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -271,7 +271,7 @@ def fit_of(model: Any, checkpoint: Checkpoint) -> Fit:
     return Fit({name: found[id(tensor)] for name, tensor in state.items()}, unexpected, tied)
 
 
-def names_in(model: Any, state: Mapping[str, Tensor], names: Iterable[str]) -> tuple[dict[str, str], list[str], bool]:
+def names_in(model: Any, state: dict[str, Tensor], names: Iterable[str]) -> tuple[dict[str, str], list[str], bool]:
     """The names of a checkpoint by those of the model, what the model does not have, and whether any is converted."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

@@ -76,9 +76,11 @@ class Source(Protocol):
 
     def holds(self, key: str) -> bool:
         """Whether it has packed already what a pack of that key holds."""
+        return False
 
     def packed(self, key: str) -> tuple[tuple[Tensor, ...], float | None]:
         """What a pack of that key holds, on the device, and its error."""
+        raise KeyError(key)
 
 
 class WeightStore:

@@ -10,7 +10,7 @@ from torch import nn
 from aograph import InputError, Recipe, WeightError, optimize
 from aograph.capture import on_meta
 from aograph.optimize import rewrite
-from aograph.weights import WeightStore
+from aograph.weights import Source, WeightStore
 from tests.programs import Function
 from tests.small_models import MLP, Counting, Tied, untouched
 
@@ -217,7 +217,7 @@ def test_handed_over_buffers_are_written_in_place(x):
 # --- sources -----------------------------------------------------------------------------------------------
 
 
-class Kept:
+class Kept(Source):
     """A source that gives copies of a state, and says what was asked for."""
 
     def __init__(self, state):
@@ -230,9 +230,6 @@ class Kept:
     def original(self, name):
         self.read.append(name)
         return self.state[name].clone()
-
-    def holds(self, key):
-        return False
 
 
 def from_source(model, state, x):
