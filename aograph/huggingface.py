@@ -256,12 +256,12 @@ def update_cache(cache: Any, new: Any) -> Any:
         cache.is_updated = new.is_updated
         return cache
     for layer, other in zip(cache.layers, new.layers, strict=False):
-        state = vars(other)
-        if LAYERS[type(layer).__name__].static:
-            own = layer.is_initialized
-            state = {k: v if own or not isinstance(v, Tensor) else settled(v) for k, v in state.items()}
-            state = {k: v for k, v in state.items() if not (own and isinstance(v, Tensor))}
-        vars(layer).update(state)
+        static, filled = LAYERS[type(layer).__name__].static, layer.is_initialized
+        for name, value in vars(other).items():
+            if not (static and isinstance(value, Tensor)):
+                setattr(layer, name, value)
+            elif not filled:
+                setattr(layer, name, settled(value))
     cache.layers += new.layers[len(cache.layers) :]
     return cache
 

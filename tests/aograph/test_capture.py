@@ -188,6 +188,28 @@ def test_sizes_that_depend_on_one_another():
     assert accepts(captured, torch.randn(8, 4), torch.randn(3, 4)) is not None
 
 
+def test_sizes_that_are_computed_from_another():
+    class Every(nn.Module):
+        def forward(self, a, b):
+            return a[::2] + b
+
+    captured = capture(Every(), (torch.randn(6, 4), torch.randn(3, 4)), {})
+    for length in (6, 7, 12):
+        assert accepts(captured, torch.randn(length, 4), torch.randn((length + 1) // 2, 4)) is None
+        assert accepts(captured, torch.randn(length, 4), torch.randn(length // 2 + 2, 4)) is not None
+
+
+def test_keyword_arguments_that_the_signature_does_not_name():
+    class Rest(nn.Module):
+        def forward(self, x, **rest):
+            return x + rest["y"] if rest["flag"] else x
+
+    model = Rest()
+    captured = capture(model, (torch.randn(3, 4),), {"flag": True, "y": torch.randn(3, 4)})
+    assert accepts(captured, torch.randn(5, 4), True, torch.randn(5, 4)) is None
+    assert type(model) is Rest and "forward" not in vars(model)
+
+
 def test_a_model_that_needs_one_size_is_captured_with_it():
     class Fixed(nn.Module):
         def __init__(self):
