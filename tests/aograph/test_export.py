@@ -121,7 +121,7 @@ def test_an_odd_model(tmp_path):
     torch.testing.assert_close(found["y"], expected["y"], rtol=1e-4, atol=1e-4)
     assert found["none"] is None and torch.equal(found["again"][0], x)
     assert artifact(x, scale)["count"] == found["count"] + 1
-    with pytest.raises(InputError, match="compiled for sizes with .*Mod"):
+    with pytest.raises(InputError, match=r"compiled for sizes with .*Mod"):
         artifact(torch.randn(9, 64), scale)
     bias = model.linear.bias.detach()
     artifact.update_weights({"linear.bias": bias + 1})

@@ -3,7 +3,6 @@ import operator
 
 import pytest
 import torch
-from aograph.kernels.op import OPS
 from torch import nn
 
 import aograph
@@ -118,7 +117,3 @@ def test_only_pure_operators_of_aten_are_read(name):
 def test_what_cannot_be_read(data):
     with pytest.raises(ArtifactError, match="cannot be computed again"):
         read(data, lambda name: torch.ones(1))
-
-
-def test_every_op_that_packs_can_be_found():
-    assert all(callable(op.pack) for op in OPS.values())

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from aograph.kernels.op import OPS, Case, Op, need
+from aograph.kernels.op import OPS, Case, Op, Packing, need
 
 CASE = Case("cpu", torch.float32, None, 8, 8)
 ASKED = []  # the cases that "narrow" was asked about
@@ -26,7 +26,7 @@ def op():
     op.fake(lambda x, y=None: torch.empty_like(x))
     op.case(lambda x, y=None: replace(CASE, device=x.device.type, M=x.shape[0]))
     op.implementation("narrow", supports=few(4))(lambda x, y=None: x + 1.25)
-    op.implementation("middle", supports=few(20))(lambda x, y=None: x + 1.5)
+    op.implementation("middle", supports=few(20), standalone=True)(lambda x, y=None: x + 1.5)
     op.implementation("wide", supports=lambda case: case.device == "other" or "runs elsewhere")(torch.add)
     yield op
     del OPS["test_add"]
@@ -46,6 +46,25 @@ def test_the_first_that_supports_the_arguments_runs(op):
         KeyError, match=r"test_add has no implementation 'fast'; it has \['narrow', 'middle', 'wide', 'ref"
     ):
         op.run(torch.zeros(2), implementation="fast")
+
+
+def test_what_runs_without_the_package(op):
+    """The first that is standalone and takes both ends of the range."""
+    assert op.standalone(CASE, 1, 4).name == op.standalone(CASE, 0, 20).name == "middle"
+    assert op.standalone(CASE, 4, 21).name == op.standalone(CASE, 1, None).name == "reference"
+    oracle, op.oracle = op.oracle, replace(op.oracle, standalone=False)
+    assert op.standalone(CASE, 1, None) is None
+    op.oracle = oracle
+
+
+def test_packing_is_data(op):
+    @op.packing
+    def pack(weight, bits):
+        return weight * bits, weight + bits
+
+    packing = Packing(op, {"bits": 3})
+    assert [t.item() for t in packing(torch.tensor(2.0))] == [6, 5]
+    assert packing == Packing(op, {"bits": 3}) != Packing(op, {"bits": 4})
 
 
 def test_the_choice_is_remembered_until_there_is_another(op):

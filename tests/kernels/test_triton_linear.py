@@ -3,11 +3,14 @@
 On a GPU they run in test_linear.py.
 """
 
+import contextlib
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton")
 INTERPRETED = """
@@ -106,3 +109,39 @@ def test_more_than_2_to_the_31_weights():
     x, scale = torch.ones(2, 4096, dtype=torch.bfloat16, device="cuda"), torch.ones(len(q), device="cuda").bfloat16()
     y = triton_linear.int8_linear(x, q, scale, None)
     assert (y[:, -1] == 4096).all() and not y[:, :-1].any()
+
+
+@pytest.fixture
+def triton_linear(monkeypatch):
+    """The module as it is under torch.export on a machine with a GPU of 132 multiprocessors; there need be none."""
+    from aograph.kernels import triton_linear
+
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(triton_linear, "_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    return triton_linear
+
+
+@pytest.mark.parametrize("K, launches", [(256, 1), (4096, 2)])
+def test_launches_become_nodes_of_an_exported_graph(triton_linear, K, launches):
+    with FakeTensorMode():
+        x = torch.empty(4, K, device="cuda", dtype=torch.bfloat16)
+        q = torch.empty(192, K, device="cuda", dtype=torch.int8)
+        scale = torch.empty(192, device="cuda", dtype=torch.bfloat16)
+    graph = make_fx(lambda *args: triton_linear.int8_linear(*args, None))(x, q, scale).graph
+    names = [node.name for node in graph.nodes if "triton_kernel_wrapper" in node.name]
+    assert len(names) == launches  # the kernel, and the sum of its parts where K is split
+    assert next(reversed(graph.nodes)).args[0].meta["val"].shape == (4, 192)
+
+
+def test_the_largest_of_a_dynamic_size(triton_linear):
+    sizes = []
+
+    class Look(torch.nn.Module):
+        def forward(self, x):
+            sizes.append(triton_linear.largest(x.shape[0]))
+            return x + 1
+
+    M = torch.export.Dim("M", min=2, max=100)
+    torch.export.export(Look(), (torch.ones(5),), dynamic_shapes=({0: M},), strict=False)
+    assert set(sizes) == {100} and triton_linear.largest(7) == 7
