@@ -80,7 +80,8 @@ class Request:
     def __iter__(self) -> Iterator[int]:
         for i in itertools.count():
             with self._changed:
-                self._changed.wait_for(lambda seen=i: len(self.tokens) > seen or self.finish_reason)
+                while i == len(self.tokens) and not self.finish_reason:
+                    self._changed.wait()
             if i == len(self.tokens):
                 break
             yield self.tokens[i]

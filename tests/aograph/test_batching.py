@@ -55,11 +55,16 @@ def mixed():
     return [(prompt_of(1 + 3 * i, i), 4 + 7 * i % 12, sampling[i % 5]) for i in range(10)]
 
 
+@pytest.fixture(scope="module")
+def expected(loaded):
+    """What the mixed requests get alone."""
+    return [alone(loaded, prompt, count, **options) for prompt, count, options in mixed()]
+
+
 # --- what comes out ----------------------------------------------------------------------------------------
 
 
-def test_each_request_gets_what_it_would_get_alone(artifact):
-    expected = [alone(artifact, prompt, count, **options) for prompt, count, options in mixed()]
+def test_each_request_gets_what_it_would_get_alone(artifact, expected):
     with Engine(artifact) as engine:
         requests = [engine.submit(prompt, count, **options) for prompt, count, options in mixed()]
         assert [list(request) for request in requests] == expected
@@ -67,8 +72,7 @@ def test_each_request_gets_what_it_would_get_alone(artifact):
         assert {request.finish_reason for request in requests} <= {"length", "stop"}
 
 
-def test_submissions_from_several_threads(artifact):
-    expected = [alone(artifact, prompt, count, **options) for prompt, count, options in mixed()]
+def test_submissions_from_several_threads(artifact, expected):
     with Engine(artifact) as engine, ThreadPoolExecutor(5) as threads:
         found = threads.map(lambda request: list(engine.submit(request[0], request[1], **request[2])), mixed())
         assert list(found) == expected
@@ -111,14 +115,13 @@ def test_without_a_seed_draws_differ(artifact):
         assert a.result(30) != b.result(30)
 
 
-def test_async_iteration_gives_each_token_once_and_in_order(artifact):
+def test_async_iteration_gives_each_token_once_and_in_order(artifact, expected):
     async def collect(requests):
         async def tokens(request):
             return [token async for token in request]
 
         return await asyncio.gather(*map(tokens, requests))
 
-    expected = [alone(artifact, prompt, count, **options) for prompt, count, options in mixed()]
     with Engine(artifact) as engine:
         requests = [engine.submit(prompt, count, **options) for prompt, count, options in mixed()]
         assert asyncio.run(collect(requests)) == expected
@@ -250,7 +253,7 @@ def test_logits_that_are_no_numbers_fail_the_request_that_draws_from_them(artifa
 
     artifact.decode = broken
     with Engine(artifact) as engine:
-        bad, good = engine.submit(prompt_of(14), 8, **SAMPLED), engine.submit(prompt_of(4), 8)
+        bad, good = engine.submit(prompt_of(14), 8, **SAMPLED, eos_token_id=[]), engine.submit(prompt_of(4), 8)
         with pytest.raises(EngineError, match="failed after 3 tokens"):
             bad.result(30)
         assert good.result(30) == expected
