@@ -102,7 +102,7 @@ def default_length(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def cache_shapes(model: nn.Module, length: int) -> list[CacheShape]:
+def cache_shapes(model: Any, length: int) -> list[CacheShape]:
     """The caches of the layers of a language model of transformers.
 
     Raises `NoSteps` where it has no step with a static cache of `length` tokens.
@@ -168,9 +168,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise InputError(
-                f"temperature is {self.temperature}, not above 0: for the likeliest, do_sample=False"
-            )
+            raise InputError(f"temperature is {self.temperature}, not above 0: for the likeliest, do_sample=False")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k is {self.top_k}: it must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -148,7 +148,7 @@ def step_graphs(
     for name, batch, count, dynamic in (("prefill", 1, min(8, length), {1: tokens}), ("decode", rows, 1, {})):
         ids = torch.zeros(batch, count, dtype=torch.int64, device=device)
         cache = [tensor for shape in shapes for tensor in shape.empty(batch, length, device)]
-        how = dynamic, dynamic, tuple({} for _ in cache)
+        how: tuple = dynamic, dynamic, tuple({} for _ in cache)
         args = ids, torch.zeros_like(ids), *cache
         captured, report = rewrite(step, optimized.recipe, args, {}, how, optimized.device, disable=optimized._disable)
         optimized._store.materialize(captured.program, optimized._progress)
@@ -249,7 +249,8 @@ def signature_of(graph: Graph, exported: ExportedProgram) -> tuple[Signature, li
         for name, node in zip(graph.names, graph.program.inputs, strict=True)
     )
     results = iter([node.meta["val"] for node in exported.graph.output_node().args[0]])
-    outputs = [next(results) if is_tensor(value) else value for value in graph.program.graph.output_node().args[0]]
+    returned: Any = graph.program.graph.output_node().args[0]
+    outputs = [next(results) if is_tensor(value) else value for value in returned]
     symbols = {name for i in inputs for size in i.sizes for name in symbols_of(size)}
     ranges = {}
     for symbol, bounds in exported.range_constraints.items():
@@ -275,10 +276,10 @@ def described(name: str, value: Any, changed: bool) -> Value:
 def guards_of(exported: ExportedProgram, sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
     """Relations between sizes that the code was made for: those that can be checked at a call, and the others."""
     fakes = [n.meta.get("val") for n in exported.graph.find_nodes(op="placeholder")]
-    shapes = next((f.fake_mode.shape_env for f in fakes if getattr(f, "fake_mode", None)), None)
+    modes = [fake.fake_mode for fake in fakes if getattr(fake, "fake_mode", None)]
+    relations = [modes[0].shape_env.simplify(g.expr) for g in modes[0].shape_env.guards] if modes and sizes else []
     read, unread = [], []
-    for guard in shapes.guards if shapes is not None and sizes else ():
-        relation = shapes.simplify(guard.expr)
+    for relation in relations:
         if relation == sympy.true:
             continue
         try:
@@ -305,8 +306,8 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
         with tempfile.TemporaryDirectory(prefix="aograph-") as folder:
             tokenizer.save_pretrained(folder)
             return tokenizer_files(folder)
-    folder = Path(tokenizer)
-    found = {p.name: p.read_bytes() for pattern in TOKENIZER_FILES for p in sorted(folder.glob(pattern)) if p.is_file()}
+    place = Path(tokenizer)
+    found = {p.name: p.read_bytes() for pattern in TOKENIZER_FILES for p in sorted(place.glob(pattern)) if p.is_file()}
     if not found:
-        raise InputError(f"{folder} has no files of a tokenizer, such as tokenizer.json")
+        raise InputError(f"{place} has no files of a tokenizer, such as tokenizer.json")
     return found

@@ -7,7 +7,9 @@ choice is made once for the whole range of M at that place, not for the sizes of
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,8 +41,10 @@ def inline(program: Program) -> Inlined:
 
     Raises `CompileError` where torch cannot trace it.
     """
-    chosen = {node: choose(program, node) for node in program.graph.nodes if op_of(node)}
-    root = runnable(program, {node: choice for node, choice in chosen.items() if choice})
+    known = {op.overload: op for op in OPS.values()}
+    ops = {node: known[node.target] for node in program.graph.nodes if node.target in known}
+    chosen = {node: choice for node, op in ops.items() if (choice := choose(program, node, op))}
+    root = runnable(program, {node: partial(ops[node].apply, choice) for node, choice in chosen.items()})
     fakes = [node.meta["val"] for node in program.inputs if is_tensor(node)]
     shapes = tuple({i: dynamic(program, size) for i, size in enumerate(fake.shape)} for fake in fakes)
     try:
@@ -48,23 +52,18 @@ def inline(program: Program) -> Inlined:
             exported = torch.export.export(root, tuple(map(example, fakes)), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         raise CompileError(f"the rewritten graph could not be traced for an artifact: {error}") from error
-    counts = collections.Counter((op_of(node).name, choice.name) for node, choice in chosen.items() if choice)
-    outside = sorted({op_of(node).registered for node, choice in chosen.items() if choice is None})
+    counts = collections.Counter((ops[node].name, choice.name) for node, choice in chosen.items())
+    outside = sorted({op.registered for node, op in ops.items() if node not in chosen})
     return Inlined(exported, dict(counts), outside)
 
 
-def op_of(node: Node) -> Op | None:
-    return next((op for op in OPS.values() if op.overload is node.target), None)
-
-
-def choose(program: Program, node: Node) -> Implementation | None:
+def choose(program: Program, node: Node, op: Op) -> Implementation | None:
     """The standalone implementation for all sizes that a call of our op can have."""
-    op, args = op_of(node), torch.fx.map_arg(node.args, lambda n: n.meta["val"])
-    case = op.case_of(*args)
+    case = op.case_of(*torch.fx.map_arg(node.args, lambda n: n.meta["val"]))
     return op.standalone(case, *program.bounds(expression(case.M)))
 
 
-def runnable(program: Program, chosen: dict[Node, Implementation]) -> nn.Module:
+def runnable(program: Program, bodies: dict[Node, Callable[..., Tensor]]) -> nn.Module:
     """A module that owns the program's weights by name, and computes its outputs that are tensors from such inputs."""
     root = nn.Module()
     for node in program.graph.find_nodes(op="get_attr"):
@@ -73,7 +72,7 @@ def runnable(program: Program, chosen: dict[Node, Implementation]) -> nn.Module:
             set_attribute(root, node.target, value.contiguous())
         else:
             root.add_module(node.target, value)  # a branch of torch.cond
-    steps = Steps(root, program.graph, chosen)
+    steps = Steps(root, program.graph, bodies)
 
     def forward(*tensors: Tensor) -> Any:
         given = iter(tensors)
@@ -90,15 +89,17 @@ def is_tensor(value: Any) -> bool:
 
 
 class Steps(Interpreter):
-    def __init__(self, root: nn.Module, graph: Graph, chosen: dict[Node, Implementation]):
+    """Runs a graph with other functions in place of some of its calls."""
+
+    def __init__(self, root: nn.Module, graph: Graph, bodies: dict[Node, Callable[..., Tensor]]):
         super().__init__(root, graph=graph)
-        self.chosen = chosen
+        self.bodies = bodies
 
     def run_node(self, n: Node) -> Any:
-        if n not in self.chosen:
+        if n not in self.bodies:
             return super().run_node(n)
         args, _ = self.fetch_args_kwargs_from_env(n)
-        return op_of(n).apply(self.chosen[n], *args)
+        return self.bodies[n](*args)
 
 
 def dynamic(program: Program, size: Any) -> Any:

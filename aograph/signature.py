@@ -135,7 +135,7 @@ def tree(spec: pytree.TreeSpec) -> Any:
     """The containers of a pytree as JSON: "*" for a leaf, else the kind, the keys (None: numbered) and the parts."""
     if spec.is_leaf():
         return LEAF
-    fields = getattr(spec.context, "_fields", spec.context)  # of a named tuple
+    fields: Any = getattr(spec.context, "_fields", spec.context)  # of a named tuple
     parts = spec.children()
     named = isinstance(fields, (list, tuple)) and len(fields) == len(parts) and all(isinstance(f, str) for f in fields)
     kind = PLAIN.get(spec.type, f"{spec.type.__module__}.{spec.type.__qualname__}")
@@ -162,19 +162,19 @@ def outline(container: Any, names: Iterator[str]) -> str:
     parts = [outline(part, names) for part in container["parts"]]
     if container["keys"] is not None:
         parts = [f"{key}={part}" if key != part else key for key, part in zip(container["keys"], parts, strict=True)]
-    start, end = {"list": "[]", "dict": "{}"}.get(container["kind"], "()")
+    start, end = {"list": ("[", "]"), "dict": ("{", "}")}.get(container["kind"], ("(", ")"))
     return f"{start}{', '.join(parts)}{end}"
 
 
 # --- expressions of sizes ----------------------------------------------------------------------------------
 
-OPERATORS = {
+OPERATORS: dict[type, Any] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
     ast.Div: operator.truediv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.BitOr: operator.or_,
     ast.BitAnd: operator.and_, ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
     ast.Gt: operator.gt, ast.GtE: operator.ge, ast.USub: operator.neg, ast.Invert: operator.not_,
 }  # fmt: skip
-FUNCTIONS = {
+FUNCTIONS: dict[str, Any] = {
     "Eq": operator.eq, "Ne": operator.ne, "Mod": operator.mod, "PythonMod": operator.mod, "Max": max, "Min": min,
     "FloorDiv": operator.floordiv, "CleanDiv": operator.floordiv, "IntTrueDiv": operator.truediv, "ToFloat": float,
     "FloatTrueDiv": operator.truediv, "TruncToInt": int,
