@@ -24,8 +24,8 @@ def untie(model: nn.Module, aliases: dict[str, str]) -> dict[str, str]:
     untied = {}
     for alias, name in aliases.items():
         if isinstance(owner(model, name), nn.Embedding) and not isinstance(owner(model, alias), nn.Embedding):
-            weight = nn.Parameter(get_attribute(model, name).detach().clone())
-            setattr(owner(model, alias), alias.rpartition(".")[2], weight)
+            if (table := get_attribute(model, name)) is get_attribute(model, alias):
+                setattr(owner(model, alias), alias.rpartition(".")[2], nn.Parameter(table.detach().clone()))
             untied[name] = alias
     return untied
 
