@@ -5,9 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import aograph
 from aograph import InputError
 from aograph.artifact import load
 from aograph.batching import Engine, EngineError, QueueFull, Stopped
+from tests.models.zoo import llama
 
 SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 50}
 
@@ -140,6 +142,18 @@ def test_an_abandoned_event_loop_cancels_the_request(artifact, go):
         go.set()
         assert len(request.result(30)) < 20
         assert request.finish_reason == "cancelled"
+
+
+@pytest.mark.cuda
+def test_on_a_gpu(tmp_path):
+    model, inputs = llama(use_cache=False)
+    fast = aograph.optimize(model, "int8wo", inputs, device="cuda", compile=False)
+    fast.save(tmp_path / "model.pt2", max_length=48, batch_size=2)
+    artifact = load(tmp_path / "model.pt2")
+    expected = [alone(artifact, prompt, count, **options) for prompt, count, options in mixed()]
+    with Engine(artifact) as engine:
+        requests = [engine.submit(prompt, count, **options) for prompt, count, options in mixed()]
+        assert [request.result(60) for request in requests] == expected
 
 
 # --- the queue ---------------------------------------------------------------------------------------------
