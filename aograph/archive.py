@@ -177,6 +177,8 @@ class Archive:
             raise ValueError(f"{entry.filename} is compressed, encrypted or not where it should be")
         if self.bytes[start - name : start] != entry.filename.encode():
             raise ValueError(f"{entry.filename} has another name in its own header")
+        if ".." in Path(entry.filename).parts or entry.filename.startswith("/"):
+            raise ValueError(f"{entry.filename} leads out of the archive")
         if start + extra + entry.file_size > len(self.bytes):
             raise ValueError(f"{entry.filename} ends behind the end of the file")
         return start + extra, entry.file_size, entry.CRC

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import environment, repacking
 from .archive import ABOUT, CODE, DTYPES, FORMAT, TOKENIZER, Archive
 from .capture import flatten
-from .decoding import CacheShape, Sampling, generate, prompts_of
+from .decoding import CacheShape, Sampling, first_line, generate, prompts_of
 from .errors import ArtifactError, InputError
 from .kernels.op import OPS
 from .report import megabytes
@@ -81,9 +81,9 @@ class Graph:
         with self.lock if self.exclusive else contextlib.nullcontext(), on(self.device):
             return self.loader.boxed_run(list(tensors))
 
-    def flat(self, values: Sequence[Any]) -> list[Tensor]:
-        """Calls with flat inputs, checked."""
-        return self.run(self.signature.check(values, self.device))
+    def flat(self, values: Sequence[Any], contents: bool = True) -> list[Tensor]:
+        """Calls with flat inputs, checked; `contents`: the numbers in them, too."""
+        return self.run(self.signature.check(values, self.device, contents))
 
     def __str__(self) -> str:
         inputs, outputs = (outline_of(s, v) for s, v in self.sides)
@@ -184,7 +184,8 @@ class Artifact:
 
     def _decode(self, tokens: Tensor, positions: Tensor, cache: Sequence[Tensor]) -> Tensor:
         self._check_positions(positions)
-        (logits,) = self.graphs["decode"].flat([tokens, positions, *cache])
+        on_cpu = self.device.type == "cpu"  # a GPU would be waited for at each token
+        (logits,) = self.graphs["decode"].flat([tokens, positions, *cache], contents=on_cpu)
         return logits
 
     def _check_positions(self, positions: Tensor) -> None:
@@ -315,8 +316,8 @@ def load(path: str | os.PathLike, *, device: torch.device | str | None = None, c
     contents.check(name for name in contents.records if check or name not in weights)
     try:
         return Artifact(path, contents, about, target)
-    except RuntimeError as error:
-        raise ArtifactError(f"the code in {path} could not be loaded: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"the graphs in {path} could not be loaded: {first_line(error)}") from error
 
 
 def inspect(path: str | os.PathLike) -> dict[str, Any]:

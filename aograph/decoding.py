@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .capture import eval_mode
 from .errors import InputError
 
 LAYERS = ("full_attention", "sliding_attention")  # kinds whose state is the keys and values of tokens
@@ -123,14 +124,15 @@ def cache_shapes(model: Any, length: int) -> list[CacheShape]:
     weight = next(model.parameters())  # all are on one device
     positions = torch.arange(4, device=weight.device)[None]
     recorder = Recorder(positions)
-    try:
-        run(model, positions, positions, recorder, 4)
-    except Exception as error:
-        raise NoSteps(f"it does not run with a cache of keys and values: {first_line(error)}") from error
-    if len(recorder.shapes) != config.num_hidden_layers:
-        raise NoSteps(f"{len(recorder.shapes)} of its {config.num_hidden_layers} layers keep keys and values")
-    if not weight.is_meta:
-        check_step(model, recorder.shapes, weight.device)
+    with eval_mode(model):
+        try:
+            run(model, positions, positions, recorder, 4)
+        except Exception as error:
+            raise NoSteps(f"it does not run with a cache of keys and values: {first_line(error)}") from error
+        if len(recorder.shapes) != config.num_hidden_layers:
+            raise NoSteps(f"{len(recorder.shapes)} of its {config.num_hidden_layers} layers keep keys and values")
+        if not weight.is_meta:
+            check_step(model, recorder.shapes, weight.device)
     return recorder.shapes
 
 

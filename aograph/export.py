@@ -21,11 +21,11 @@ from torch.export import Dim, ExportedProgram
 
 from . import archive, environment, repacking
 from .capture import Capture, on_meta
-from .decoding import CacheShape, NoSteps, cache_shapes, default_length, step_of
-from .errors import CompileError, InputError, RecipeError
+from .decoding import CacheShape, NoSteps, cache_shapes, default_length, first_line, step_of
+from .errors import CaptureError, CompileError, InputError, RecipeError
 from .inline import Inlined, inline, is_tensor
 from .kernels.op import OPS
-from .patterns.language import written
+from .patterns.language import packet, views_of, written
 from .program import Program, expression
 from .report import Report
 from .signature import Signature, Value, evaluate, symbols_of, tree
@@ -41,6 +41,8 @@ OPTIONS = {
     "always_keep_tensor_constants": True,
     "joint_graph_constant_folding": False,
 }
+aten = torch.ops.aten
+INDEXING = {aten.index, aten.index_put, aten.index_put_}
 TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*",
 )  # fmt: skip
@@ -74,7 +76,7 @@ def save(
     check_request(optimized, max_length, batch_size)
     files = tokenizer_files(tokenizer)
     model = optimized._model[0]
-    _, captured, _ = next(iter(optimized._captures.values()))
+    _, captured, _ = optimized._captures[min(optimized._captures)]
     assert optimized.report is not None, "there is a capture"
     graphs = {"forward": Graph(captured, optimized.report, [node.name for node in captured.program.inputs])}
     length = max_length or default_length(model)
@@ -84,8 +86,8 @@ def save(
         shapes = cache_shapes(whole, length)
         graphs |= step_graphs(optimized, whole, shapes, batch_size, length)
         generation = generation_of(model, shapes, batch_size, length)
-    except NoSteps as reason:
-        notes.append(f"no graphs prefill and decode: {reason}")
+    except (NoSteps, CaptureError) as reason:
+        notes.append(f"no graphs prefill and decode: {first_line(reason)}")
     with tempfile.TemporaryDirectory(prefix="aograph-") as folder:
         built = {name: compile_graph(name, graph, Path(folder), options or {}) for name, graph in graphs.items()}
         weights = {name: weights_of(each.exported, Path(folder, f"{name}.pt2")) for name, each in built.items()}
@@ -95,7 +97,7 @@ def save(
             **about_recipe(optimized),
             "environment": environment.describe(optimized.device),
             "ops": {op.registered: op.version for op in OPS.values()},
-            "graphs": {name: about_graph(graph, built[name], captured) for name, graph in graphs.items()},
+            "graphs": {name: about_graph(graph, built[name]) for name, graph in graphs.items()},
             "notes": notes,
             "generation": generation,
             "packs": repacking.packs_as_data({name: graph.program.packs for name, graph in graphs.items()}),
@@ -188,8 +190,7 @@ def compile_graph(name: str, graph: Graph, folder: Path, options: Mapping[str, A
                 inlined.exported, package_path=path, inductor_configs={**options, **OPTIONS}
             )
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CompileError(f"AOTInductor could not compile the graph {name}: {lines[0]}") from error
+        raise CompileError(f"AOTInductor could not compile the graph {name}: {first_line(error)}") from error
     return inlined
 
 
@@ -225,7 +226,7 @@ def about_recipe(optimized: OptimizedModule) -> dict[str, Any]:
     return {"aograph": __version__, "recipe": text, "recipe_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def about_graph(graph: Graph, inlined: Inlined, forward: Capture) -> dict[str, Any]:
+def about_graph(graph: Graph, inlined: Inlined) -> dict[str, Any]:
     signature, unread = signature_of(graph, inlined.exported)
     return {
         **dataclasses.asdict(signature),
@@ -245,7 +246,9 @@ def signature_of(graph: Graph, exported: ExportedProgram) -> tuple[Signature, li
     user = exported.graph_signature.user_inputs
     compiled = iter([n.meta["val"] for n in exported.graph.find_nodes(op="placeholder") if n.name in user])
     inputs = tuple(
-        described(name, next(compiled) if is_tensor(node) else node.meta.get("val"), written(node) is not None)
+        described(name, next(compiled), written(node) is not None, within(node))
+        if is_tensor(node)
+        else described(name, node.meta.get("val"))
         for name, node in zip(graph.names, graph.program.inputs, strict=True)
     )
     results = iter([node.meta["val"] for node in exported.graph.output_node().args[0]])
@@ -258,19 +261,37 @@ def signature_of(graph: Graph, exported: ExportedProgram) -> tuple[Signature, li
             ranges[str(symbol)] = int(bounds.lower), int(bounds.upper) if bounds.upper < 2**62 else None
     sizes = {str(symbol): low for symbol, (low, _) in ranges.items()}
     guards, unread = guards_of(exported, sizes)
-    gives = tuple(described(f"output_{i}", value, False) for i, value in enumerate(outputs))
+    gives = tuple(described(f"output_{i}", value) for i, value in enumerate(outputs))
     takes, returns = tree(graph.capture.in_spec), tree(graph.capture.out_spec)
     return Signature(inputs, gives, ranges, tuple(guards), takes, returns), unread
 
 
-def described(name: str, value: Any, changed: bool) -> Value:
+def described(name: str, value: Any, changed: bool = False, within: tuple[int, int] | None = None) -> Value:
     if isinstance(value, Tensor):
         sizes = tuple(s if isinstance(s, int) else str(expression(s)) for s in value.shape)
-        return Value(name, str(value.dtype).removeprefix("torch."), value.device.type, sizes, written=changed)
+        dtype = str(value.dtype).removeprefix("torch.")
+        return Value(name, dtype, value.device.type, sizes, written=changed, within=within)
     if isinstance(value, (bool, int, float, str, type(None))):
         return Value(name, value=value)
     value = value.meta["val"] if isinstance(value, torch.fx.Node) else value
     raise CompileError(f"{name} is a {type(value).__name__}: an artifact takes and gives tensors and plain values")
+
+
+def within(node: torch.fx.Node) -> tuple[int, int] | None:
+    """The numbers that an input may hold where it, or a view of it, is an index into something of a known size."""
+    found: list[tuple[int, int]] = []
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        stack += views_of(current)
+        for user in current.users:
+            if user.target is aten.embedding.default and user.args[1] is current:
+                found.append((0, user.args[0].meta["val"].shape[0] - 1))
+            elif packet(user.target) in INDEXING:
+                sizes = user.args[0].meta["val"].shape
+                among = zip(sizes, user.args[1], strict=False)
+                found += [(-size, size - 1) for size, index in among if index is current and isinstance(size, int)]
+    return (max(low for low, _ in found), min(high for _, high in found)) if found else None
 
 
 def guards_of(exported: ExportedProgram, sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:

@@ -21,7 +21,8 @@ LEAF = "*"
 @dataclass(frozen=True)
 class Value:
     """One input or output. A tensor has a dtype, the kind of its device, and sizes, which are numbers or expressions of
-    symbols as text; anything else is a constant: `value`, which a call must give as it was at save."""
+    symbols as text; anything else is a constant: `value`, which a call must give as it was at save. `within`: the least
+    and the largest number that a tensor of indices may hold: code that is given another one ends the process."""
 
     name: str
     dtype: str | None = None
@@ -29,6 +30,7 @@ class Value:
     sizes: tuple[int | str, ...] = ()
     value: Any = None
     written: bool = False  # in place, by the graph
+    within: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         sizes = ", ".join(map(str, self.sizes))
@@ -55,13 +57,18 @@ class Signature:
         """From the JSON of `dataclasses.asdict`."""
 
         def values(key: str) -> tuple[Value, ...]:
-            return tuple(Value(**{**each, "sizes": tuple(each["sizes"])}) for each in data[key])
+            return tuple(
+                Value(**{k: tuple(v) if isinstance(v, list) else v for k, v in each.items()}) for each in data[key]
+            )
 
         ranges = {symbol: (low, high) for symbol, (low, high) in data["ranges"].items()}
         return cls(values("inputs"), values("outputs"), ranges, tuple(data["guards"]), data["takes"], data["gives"])
 
-    def check(self, given: Sequence[Any], device: torch.device) -> list[Tensor]:
-        """The tensors of a call's flat inputs, as the code expects them. Raises `InputError` for what does not fit."""
+    def check(self, given: Sequence[Any], device: torch.device, contents: bool = True) -> list[Tensor]:
+        """The tensors of a call's flat inputs, as the code expects them. Raises `InputError` for what does not fit.
+
+        contents: look at indices, too, which waits for a GPU.
+        """
         tensors = []
         sizes: dict[str, int] = {}
         for like, value in zip(self.inputs, given, strict=True):
@@ -75,6 +82,8 @@ class Signature:
                     raise InputError(
                         f"{like.name}.shape[{i}] is {actual}; it must be {size} = {expected}, as for {like}"
                     )
+            if contents and like.within and tensor.numel():
+                check_within(like, tensor)
         for symbol, (low, high) in self.ranges.items():
             if symbol in sizes and not low <= sizes[symbol] <= (sizes[symbol] if high is None else high):
                 where = next(str(i) for i in self.inputs if symbol in i.sizes)
@@ -107,6 +116,15 @@ def fitting(like: Value, value: Any, device: torch.device, sizes: dict[str, int]
             f"{like.name} is written in place: it must be contiguous, at an address divisible by {ALIGNMENT}"
         )
     return value.detach() if dense else value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def check_within(like: Value, tensor: Tensor) -> None:
+    assert like.within is not None
+    low, high = like.within
+    least, largest = (int(bound) for bound in tensor.aminmax())
+    if least < low or largest > high:
+        wrong = least if least < low else largest
+        raise InputError(f"{like.name} holds {wrong}; the graph takes {low} to {high}")
 
 
 def describe(value: Any) -> str:

@@ -117,6 +117,11 @@ def compressed(path):
             zip.writestr(f"archive/{name}", b"{}" * 100)
 
 
+def escaping(path):
+    with zipfile.ZipFile(path, "w") as zip:
+        zip.writestr("archive/data/aotinductor/forward/../../../evil.so", b"1")
+
+
 def twice(path):
     with pytest.warns(UserWarning), zipfile.ZipFile(path, "w") as zip:
         for name in (ABOUT, INDEX, ABOUT):
@@ -143,6 +148,7 @@ def index_of(line):
         (lambda path: torch.save({"a": torch.ones(3)}, path), "no artifact of aograph"),
         (foreign_zip, "no artifact of aograph"),
         (compressed, "compressed"),
+        (escaping, "leads out of the archive"),
         (twice, "records of the same name"),
         (index_of("one\ttwo"), "index of weights cannot be read"),
         (index_of("g\tw\tweights/9\tint8\t4"), "index of weights cannot be read"),

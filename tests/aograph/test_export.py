@@ -84,6 +84,25 @@ def test_what_the_file_says(language_model):
     assert about["graphs"]["forward"]["report"]["bytes_after"] == language_model.fast.report.bytes_after
 
 
+class Lookups(nn.Module):
+    """Indices that go through views, and such that nothing is known about."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.few = nn.Embedding(10, 64), nn.Embedding(7, 64)
+        self.register_buffer("grid", torch.randn(5, 64))
+
+    def forward(self, a, b, c, d):
+        return self.table(a.view(-1)) + self.few(a.view(-1)), self.grid[b], self.table(c + 1), d
+
+
+def test_the_numbers_that_indices_may_be():
+    inputs = [torch.zeros(2, 3, dtype=torch.int64) for _ in range(4)]
+    with pytest.warns(UserWarning, match="rewrote nothing"):
+        _, captured, _ = optimized(Lookups(), *inputs)._captures[0]
+    assert [export.within(node) for node in captured.program.inputs] == [(0, 6), (-5, 4), None, None]
+
+
 def test_no_weight_is_a_number_in_the_code(few_tokens):
     """However small, such as a bias of few numbers: it could not be updated."""
     names = {entry.name for entry in archive.Archive(few_tokens.path).index}

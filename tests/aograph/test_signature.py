@@ -25,7 +25,7 @@ def x(*sizes, **more):
 
 def test_json_and_back():
     before = Signature(
-        (x("s0", 64), Value("flag", value=True)), (x("s0"),), {"s0": (2, None)}, ("Ne(s0, 7)",),
+        (x("s0", 64, within=(0, 9)), Value("flag", value=True)), (x("s0"),), {"s0": (2, None)}, ("Ne(s0, 7)",),
         tree(pytree.tree_structure((1, {"a": [2]}))), "*",
     )  # fmt: skip
     assert Signature.of(json.loads(json.dumps(dataclasses.asdict(before)))) == before
@@ -68,6 +68,8 @@ def test_inputs_are_aligned():
         (x("s0"), torch.ones(4).to_sparse(), "takes x"),
         (x("s0"), 3, "x is 3"),
         (x("s0"), object(), "x is a object"),
+        (Value("i", "int64", "cpu", (2,), within=(-3, 2)), torch.tensor([3, 0]), "i holds 3; the graph takes -3 to 2"),
+        (Value("i", "int64", "cpu", (2,), within=(-3, 2)), torch.tensor([0, -4]), "i holds -4"),
         (Value("flag", value=True), False, "flag is False: it was True"),
         (Value("flag", value=True), torch.tensor(True), "flag is bool"),
     ],
