@@ -254,7 +254,7 @@ def signature_of(graph: Graph, exported: ExportedProgram) -> tuple[Signature, li
     results = iter([node.meta["val"] for node in exported.graph.output_node().args[0]])
     returned: Any = graph.program.graph.output_node().args[0]
     outputs = [next(results) if is_tensor(value) else value for value in returned]
-    symbols = {name for i in inputs for size in i.sizes for name in symbols_of(size)}
+    symbols = {name for i in inputs for size in i.sizes if isinstance(size, str) for name in symbols_of(size)}
     ranges = {}
     for symbol, bounds in exported.range_constraints.items():
         if str(symbol) in symbols:

@@ -6,6 +6,7 @@ import ast
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -109,7 +110,8 @@ def fitting(like: Value, value: Any, device: torch.device, sizes: dict[str, int]
     if wrong or value.layout is not torch.strided:
         raise InputError(f"{like.name} is {describe(value)}; the graph takes {like} on {place}")
     for size, actual in zip(like.sizes, value.shape, strict=True):
-        solve(size, actual, sizes)
+        if isinstance(size, str):
+            solve(size, actual, sizes)
     dense = value.is_contiguous() and not value.data_ptr() % ALIGNMENT
     if not dense and like.written:
         raise InputError(
@@ -199,13 +201,23 @@ FUNCTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def symbols_of(text: str | int) -> list[str]:
+@lru_cache
+def parsed(text: str) -> ast.AST:
+    """The tree of an expression. Raises `ValueError`."""
+    try:
+        return ast.parse(text, mode="eval").body
+    except SyntaxError:
+        raise ValueError(f"{text!r} is no expression") from None
+
+
+@lru_cache
+def symbols_of(text: str) -> tuple[str, ...]:
     """The symbols of an expression of sizes."""
-    names = [node.id for node in ast.walk(ast.parse(str(text))) if isinstance(node, ast.Name)]
-    return [name for name in dict.fromkeys(names) if name not in FUNCTIONS]
+    names = [node.id for node in ast.walk(parsed(text)) if isinstance(node, ast.Name)]
+    return tuple(name for name in dict.fromkeys(names) if name not in FUNCTIONS)
 
 
-def solve(text: str | int, value: int, sizes: dict[str, int]) -> None:
+def solve(text: str, value: int, sizes: dict[str, int]) -> None:
     """Adds to `sizes` the one symbol of an expression a·s + b = value that is not in it yet, rounded down."""
     unknown = [symbol for symbol in symbols_of(text) if symbol not in sizes]
     if len(unknown) == 1:
@@ -236,9 +248,4 @@ def evaluate(text: str | int, sizes: Mapping[str, int]) -> Any:
                 return FUNCTIONS[name](*map(value, args))
         raise ValueError(f"{text!r} is no expression of {', '.join(sizes) or 'numbers'}")
 
-    if isinstance(text, int):
-        return text
-    try:
-        return value(ast.parse(text, mode="eval").body)
-    except SyntaxError:
-        raise ValueError(f"{text!r} is no expression") from None
+    return text if isinstance(text, int) else value(parsed(text))

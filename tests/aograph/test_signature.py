@@ -124,4 +124,4 @@ def test_what_is_no_expression_is_not_run(text):
 def test_a_symbol_is_found_from_a_size(a, b, size):
     sizes = {}
     solve(f"{a}*s0 + {b}", a * size + b, sizes)
-    assert sizes == {"s0": size} and symbols_of("Max(s0, s1) + s0") == ["s0", "s1"]
+    assert sizes == {"s0": size} and symbols_of("Max(s0, s1) + s0") == ("s0", "s1")
