@@ -285,11 +285,11 @@ def within(node: torch.fx.Node) -> tuple[int, int] | None:
         current = stack.pop()
         stack += views_of(current)
         for user in current.users:
-            if user.target is aten.embedding.default and user.args[1] is current:
-                found.append((0, user.args[0].meta["val"].shape[0] - 1))
+            read: Any = user.args
+            if user.target is aten.embedding.default and read[1] is current:
+                found.append((0, read[0].meta["val"].shape[0] - 1))
             elif packet(user.target) in INDEXING:
-                sizes = user.args[0].meta["val"].shape
-                among = zip(sizes, user.args[1], strict=False)
+                among = zip(read[0].meta["val"].shape, read[1], strict=False)
                 found += [(-size, size - 1) for size, index in among if index is current and isinstance(size, int)]
     return (max(low for low, _ in found), min(high for _, high in found)) if found else None
 
