@@ -57,13 +57,13 @@ class Signature:
     def of(cls, data: Mapping[str, Any]) -> Signature:
         """From the JSON of `dataclasses.asdict`."""
 
-        def values(key: str) -> tuple[Value, ...]:
-            return tuple(
-                Value(**{k: tuple(v) if isinstance(v, list) else v for k, v in each.items()}) for each in data[key]
-            )
+        def value(each: Mapping[str, Any]) -> Value:
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in each.items()}
+            return Value(**fields)
 
+        inputs, outputs = (tuple(map(value, data[key])) for key in ("inputs", "outputs"))
         ranges = {symbol: (low, high) for symbol, (low, high) in data["ranges"].items()}
-        return cls(values("inputs"), values("outputs"), ranges, tuple(data["guards"]), data["takes"], data["gives"])
+        return cls(inputs, outputs, ranges, tuple(data["guards"]), data["takes"], data["gives"])
 
     def check(self, given: Sequence[Any], device: torch.device, contents: bool = True) -> list[Tensor]:
         """The tensors of a call's flat inputs, as the code expects them. Raises `InputError` for what does not fit.
