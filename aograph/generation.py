@@ -37,9 +37,10 @@ class OptimizedPreTrained(OptimizedModule):
         members: dict[str, Any] = {"device": property(lambda _: self.device)}
         if divided:
             called = stand_in(model, lambda whole, *args, **kwargs: whole.get_encoder()(*args, **kwargs))
-            self.encoder = OptimizedModule(called, recipe, **options).eval()
-            self.encoder._store = self._store
-            encoder = stand_in(model.get_encoder(), lambda _, *args, **kwargs: self.encoder(*args, **kwargs))
+            optimized = self.encoder = OptimizedModule(called, recipe, **options)
+            optimized.eval()
+            optimized._store = self._store
+            encoder = stand_in(model.get_encoder(), lambda _, *args, **kwargs: optimized(*args, **kwargs))
             members["get_encoder"] = lambda *_, **__: encoder
         shell = stand_in(model, lambda _, *args, **kwargs: self(*args, **kwargs), **members)
         shell.generation_config = copy.deepcopy(getattr(model, "generation_config", None))  # BERT has none

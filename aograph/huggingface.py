@@ -153,7 +153,7 @@ def flatten_layers(cache: Any) -> tuple[list[Tensor], list[Any]]:
     return [leaf for leaves, _ in parts for leaf in leaves], [context for _, context in parts]
 
 
-def unflatten_layers(kind: type, leaves: Iterable[Any], context: list[Any]) -> Any:
+def unflatten_layers(kind: Any, leaves: Iterable[Any], context: list[Any]) -> Any:
     """A cache of a class that is a list of layers; a dynamic one that has none yet adds them as they are needed."""
     waiting = iter(leaves)
     cache = kind.__new__(kind)
@@ -168,7 +168,7 @@ def flatten_pair(cache: Any) -> tuple[list[Any], list[Any]]:
     return [cache.self_attention_cache, cache.cross_attention_cache], sorted(map(list, cache.is_updated.items()))
 
 
-def unflatten_pair(kind: type, caches: Iterable[Any], context: list[Any]) -> Any:
+def unflatten_pair(kind: Any, caches: Iterable[Any], context: list[Any]) -> Any:
     cache = kind.__new__(kind)
     cache.self_attention_cache, cache.cross_attention_cache = caches
     cache.is_updated = {layer: updated for layer, updated in context}
