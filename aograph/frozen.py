@@ -84,7 +84,9 @@ class Frozen:
             )
         self.packs, self.unpacked, self.leaf, self.release = packs, list(unpacked), leaf, release
         self.names = list(dict.fromkeys(name for pack in packs for name in pack.weight.leaves))
-        self.forget()
+        self.known: list[tuple[int, int]] | None = None  # identities and versions of the weights
+        self.tensors: list[Tensor] = []
+        self.watched: list[weakref.ref] = []
 
     def __call__(self, inputs: Sequence[Any]) -> list[Tensor]:
         """The packed tensors of these inputs, in the order of the packs."""
@@ -144,7 +146,7 @@ def refresh(model: nn.Module) -> int:
         for tensor in dict.fromkeys([*model.parameters(), *model.buffers()]):
             for each in [each for same in KNOWN.get(tensor, {}).values() for each in same]:
                 leaves = [reference() for reference in each.leaves]
-                if None not in map(type, leaves) and all(leaf is not None for leaf in leaves):
+                if all(leaf is not None for leaf in leaves):
                     each.fill(leaves)
                     count += 1
     return count
