@@ -29,8 +29,6 @@ from .artifact import Artifact
 from .decoding import Sampling, first_line
 from .errors import AographError, InputError
 
-TEMPERATURES = 1e-3, 1e6  # beyond them logits / temperature may overflow, and what is drawn from NaN stops a GPU
-
 
 class EngineError(AographError):
     """A request that was well formed, but could not be answered to its end."""
@@ -179,11 +177,6 @@ class Engine:
         """
         prompt = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
         self._check(prompt, max_new_tokens)
-        least, most = TEMPERATURES
-        if do_sample and not least <= temperature <= most:
-            raise InputError(
-                f"temperature is {temperature}, not from {least} to {most:g}: for the likeliest, do_sample=False"
-            )
         sampling = Sampling(do_sample, temperature, top_k, top_p)
         ends = self.artifact.generation["eos_token_id"] if eos_token_id is None else eos_token_id
         ends = [ends] if isinstance(ends, int) else ends

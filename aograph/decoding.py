@@ -23,6 +23,7 @@ from .errors import InputError
 
 LAYERS = ("full_attention", "sliding_attention")  # kinds whose state is the keys and values of tokens
 DEFAULT_LENGTH = 2048  # tokens
+TEMPERATURES = 1e-3, 1e6  # beyond them logits / temperature may overflow, and a draw from NaN stops a GPU
 
 
 class NoSteps(Exception):
@@ -160,7 +161,8 @@ def first_line(error: Exception) -> str:
 class Sampling:
     """How the next token is picked: the likeliest, or one drawn from the softmax of logits / temperature.
 
-    top_k: only the k likeliest are drawn. top_p: only the likeliest that together have that probability.
+    temperature: from 0.001 to a million. top_k: only the k likeliest are drawn. top_p: only the likeliest that
+    together have that probability.
     """
 
     do_sample: bool = False
@@ -169,8 +171,11 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise InputError(f"temperature is {self.temperature}, not above 0: for the likeliest, do_sample=False")
+        least, most = TEMPERATURES
+        if not least <= self.temperature <= most:
+            raise InputError(
+                f"temperature is {self.temperature}, not from {least} to {most:g}: for the likeliest, do_sample=False"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k is {self.top_k}: it must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -130,7 +130,9 @@ def test_only_the_likeliest_with_that_probability(top_p, expected):
     assert drawn(Sampling(True, top_p=top_p), logits).nonzero()[:, 0].tolist() == expected
 
 
-@pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}])
+@pytest.mark.parametrize(
+    "bad", [{"temperature": 0.0}, {"temperature": 1e-30}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}]
+)
 def test_settings_that_draw_nothing(bad):
     with pytest.raises(InputError, match=next(iter(bad))):
         Sampling(True, **bad)
