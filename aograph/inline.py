@@ -76,6 +76,11 @@ def runnable(program: Program, bodies: dict[Node, Callable[..., Tensor]]) -> nn.
 
     def forward(*tensors: Tensor) -> Any:
         given = iter(tensors)
+        for node, tensor in zip(filter(is_tensor, program.inputs), tensors, strict=True):
+            for captured, size in zip(node.meta["val"].shape, tensor.shape, strict=True):
+                _, most = program.bounds(expression(captured))
+                if isinstance(size, torch.SymInt) and most is not None:
+                    torch._check(size <= most)  # Dim.AUTO tells its limits only after tracing: kernels ask before
         outputs = steps.run(*(next(given) if is_tensor(node) else node.meta.get("val") for node in program.inputs))
         return [value for value in outputs if isinstance(value, Tensor)]
 

@@ -55,6 +55,20 @@ def test_the_kernel_is_that_for_all_sizes():
     assert inline(program_of(linear, "int8wo", x)).kernels == {("int8_linear", "dequantize"): 1}
 
 
+def test_bodies_know_how_large_a_dynamic_size_can_be(monkeypatch):
+    seen = []
+
+    def apply(choice, x, *rest):
+        seen.append(int(x.shape[0].node.shape_env.bound_sympy(x.shape[0].node.expr).upper))
+        return choice.function(x, *rest)
+
+    tokens = {0: torch.export.Dim("M", min=2, max=77)}
+    program = program_of(MLP(), "int8wo", torch.randn(5, 64), dynamic_shapes=(tokens,))
+    monkeypatch.setattr(OPS["int8_linear"], "apply", apply)
+    inline(program)
+    assert set(seen) == {77}
+
+
 def test_ranges_are_kept():
     tokens = torch.export.Dim("T", min=3, max=77)
     inlined = inline(program_of(MLP(), "int8wo", torch.randn(5, 64), dynamic_shapes=({0: tokens},)))
