@@ -170,20 +170,16 @@ def lowered(
     def leaf(name: str, inputs: Sequence[Any]) -> Tensor:
         return inputs[position[name]] if name in position else own[name]
 
-    frozen = Frozen(packs, unpacked, leaf, options.release)
+    frozen = Frozen(packs, unpacked, leaf, options.release, lambda: options.report and options.report(report))
     taken = [*dynamo.inputs, *(position[name] for name in unpacked)]
     fakes = weights_to_inputs(program, [*unpacked, *(name for pack in packs for name in pack.names)])
     module = GraphModule(program.graph_module, program.graph)
     module.meta.update(graph_module.meta)
     module._param_name_to_source = getattr(graph_module, "_param_name_to_source", {})  # type: ignore[assignment]
     run = compiler(module, [*(example_inputs[i] for i in taken), *fakes[len(unpacked) :]])
-    waiting = [options.report] if options.report else []
 
     def call(*inputs: Any) -> Any:
-        tensors = frozen(inputs)
-        while waiting:
-            waiting.pop()(report)
-        return run(*(inputs[i] for i in taken), *tensors)
+        return run(*(inputs[i] for i in taken), *frozen(inputs))
 
     return call
 
@@ -196,10 +192,10 @@ def weights_to_inputs(program: Program, names: Sequence[str]) -> list[Tensor]:
             nodes[node.target].append(node)
     anchor = program.inputs[-1] if program.inputs else None
     fakes = []
-    for name, olds in nodes.items():
+    for i, olds in enumerate(nodes.values()):
         meta = olds[0].meta
         with program.graph.inserting_after(anchor) if anchor else program.graph.inserting_before():
-            anchor = program.graph.placeholder("weight_" + name.replace(".", "_"))
+            anchor = program.graph.placeholder(f"weight_{i}")
         anchor.meta = {**meta, "tensor_dict": meta.get("tensor_dict", STATIC)}
         anchor._dynamo_source = meta.get("source")
         for old in olds:

@@ -67,7 +67,8 @@ class Frozen:
     """The packed tensors that one compiled graph runs on, from the inputs of each call.
 
     packs: what the graph needs; leaf(name, inputs) gives a weight; unpacked: the names of weights that the graph reads
-    as they are. release: let go of originals once they are packed, where no graph reads them.
+    as they are. release: let go of originals once they are packed, where no graph reads them. ready() is called when
+    all is packed for the first time.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Frozen:
         unpacked: Iterable[str],
         leaf: Callable[[str, Sequence[Any]], Tensor],
         release: bool,
+        ready: Callable[[], Any],
     ):
         if release and not can_release():
             raise InputError(
@@ -83,6 +85,7 @@ class Frozen:
                 "it out, or use aograph.optimize(model, recipe, hand_over=True)"
             )
         self.packs, self.unpacked, self.leaf, self.release = packs, list(unpacked), leaf, release
+        self.waiting = [ready]
         self.names = list(dict.fromkeys(name for pack in packs for name in pack.weight.leaves))
         self.known: list[tuple[int, int]] | None = None  # identities and versions of the weights
         self.tensors: list[Tensor] = []
@@ -113,6 +116,8 @@ class Frozen:
             release(values)
         self.watched = [weakref.ref(leaf, self.forget) for leaf in leaves]
         self.tensors, self.known = tensors, [(id(leaf), version(leaf)) for leaf in leaves]
+        while self.waiting:
+            self.waiting.pop()()
         return tensors
 
     def forget(self, _: Any = None) -> None:

@@ -34,10 +34,10 @@ def pack(name="weight", kind="double"):
     return Pack(kind, Expression(name), double, (f"{name}_twice", f"{name}_sum"))
 
 
-def graph(names, unpacked=(), release=False):
+def graph(names, unpacked=(), release=False, ready=lambda: None):
     """What a compiled graph holds whose inputs are the weights `names`, then those `unpacked`."""
     order = [*names, *unpacked]
-    return Frozen([pack(n) for n in names], unpacked, lambda name, inputs: inputs[order.index(name)], release)
+    return Frozen([pack(n) for n in names], unpacked, lambda name, inputs: inputs[order.index(name)], release, ready)
 
 
 def test_one_copy_whatever_graphs_and_names():
@@ -47,6 +47,14 @@ def test_one_copy_whatever_graphs_and_names():
     assert all(a is b for a, b in zip(tensors, second([w]), strict=True)) and len(CALLS) == 1
     assert first([w]) is tensors
     assert torch.equal(tensors[0], w * 2)
+
+
+def test_once_all_is_packed_it_says_so():
+    w, said = torch.randn(3, 4), []
+    run = graph(["weight"], ready=lambda: said.append(len(CALLS)))
+    run([w])
+    run([w.add_(1)])
+    assert said == [1]
 
 
 def test_another_kind_and_another_weight_are_packed_apart():
