@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/python demo.py
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 # The type checker reads the packages where the build puts them, under their imported names.
 lint: .venv/ready

@@ -17,10 +17,12 @@ hypothesis.settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    """Skips what needs a GPU where there is none; in parallel runs, what shares an artifact or a file stays together."""
+    for item in items:
+        shared = next((name for name in ("language_model", "few_tokens") if name in item.fixturenames), item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(shared))
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(autouse=True)
