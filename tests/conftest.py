@@ -17,7 +17,7 @@ hypothesis.settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items):
-    """Skips what needs a GPU where there is none; in parallel runs, what shares an artifact or a file stays together."""
+    """Skips what needs a GPU where there is none; parallel runs keep together what shares an artifact or a file."""
     for item in items:
         shared = next((name for name in ("language_model", "few_tokens") if name in item.fixturenames), item.path.stem)
         item.add_marker(pytest.mark.xdist_group(shared))
