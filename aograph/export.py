@@ -301,7 +301,7 @@ def guards_of(exported: ExportedProgram, sizes: Mapping[str, int]) -> tuple[list
     relations = [modes[0].shape_env.simplify(g.expr) for g in modes[0].shape_env.guards] if modes and sizes else []
     read, unread = [], []
     for relation in relations:
-        if relation == sympy.true:
+        if relation == sympy.true or in_ranges(relation):
             continue
         try:
             evaluate(str(relation), sizes)
@@ -309,6 +309,12 @@ def guards_of(exported: ExportedProgram, sizes: Mapping[str, int]) -> tuple[list
         except (ValueError, ZeroDivisionError):
             unread.append(str(relation))
     return list(dict.fromkeys(read)), list(dict.fromkeys(unread))
+
+
+def in_ranges(relation: sympy.Basic) -> bool:
+    """Whether a relation is a limit of one size, as the ranges of sizes are."""
+    limit = isinstance(relation, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt))
+    return limit and relation.lhs.is_Symbol and relation.rhs.is_number
 
 
 # --- files -------------------------------------------------------------------------------------------------
