@@ -49,8 +49,8 @@ def write_checkpoint(folder: Path, layers: int, width: int, shards: int) -> None
     weight_map: dict[str, str] = {}
     waiting, held = dict[str, torch.Tensor](), 0
     for name, shape in shapes.items():
-        value = torch.empty(shape, dtype=torch.bfloat16)
-        waiting[name] = value.normal_(0, 0.02) if len(shape) > 1 else value.fill_(1)
+        value = torch.empty(shape, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
+        waiting[name] = (value.normal_(0, 0.02) if len(shape) > 1 else value.fill_(1)).cpu()
         held += value.nbytes
         if held >= whole / shards or len(weight_map) + len(waiting) == len(shapes):
             file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
