@@ -20,6 +20,7 @@ from torch import nn
 
 from . import artifact, export, huggingface, reproducer
 from .errors import AographError, InputError
+from .kernels import cache, cuda, nvrtc
 from .kernels.op import OPS
 from .optimize import OptimizedModule, explain, optimize, rewrite
 from .recipe import Recipe
@@ -153,7 +154,14 @@ def run_env(options: argparse.Namespace) -> None:
     """Show versions, devices, and which kernels are available on each, or why not."""
     from . import __version__
 
-    print(tabulate([["aograph", __version__], *reproducer.versions().items()], tablefmt="plain"))
+    compiler, usable = nvrtc.version(), cuda.available()
+    versions = [["aograph", __version__], *reproducer.versions().items()]
+    versions += [
+        ["NVRTC", "not available" if isinstance(compiler, str) else "{}.{}".format(*compiler)],
+        ["CUDA C++ kernels", "yes" if usable is True else f"no: {usable}"],
+        ["kernels are kept in", str(cache.folder())],
+    ]
+    print(tabulate(versions, tablefmt="plain", disable_numparse=True))
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     rows = []
     for device in devices:

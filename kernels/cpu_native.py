@@ -1,14 +1,13 @@
 """Weight-only int8 and int4 linear layers on the CPU, compiled at first use by the machine's own C++ compiler.
 
-The source is ``cpu_native.cpp``. Its build is kept under ``$AOGRAPH_CACHE`` (else ``~/.cache/aograph``), named by
-the source, the flags, the compiler and the processor, so that a folder shared by several machines serves each its
-own build. A machine without a compiler is no error: ``available()`` then says why, in one sentence.
+The source is ``cpu_native.cpp``. Its build is kept in the folder of ``cache.py``, named by the source, the flags, the
+compiler and the processor, so that a folder shared by several machines serves each its own build. A machine without
+a compiler is no error: ``available()`` then says why, in one sentence.
 """
 
 import contextlib
 import ctypes
 import functools
-import hashlib
 import os
 import platform
 import shlex
@@ -18,6 +17,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+
+from . import cache
 
 __all__ = ["available", "int8_linear", "int4_linear"]
 
@@ -137,12 +138,11 @@ def _library() -> ctypes.CDLL | str:
         return compiler
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=TIMEOUT, check=True).stdout
-        key = repr((SOURCE.read_bytes(), compiler, FLAGS, version, _processor())).encode()
-        name = f"cpu_native-{hashlib.sha256(key).hexdigest()[:16]}.so"
+        path = cache.entry("cpu_native.so", SOURCE.read_bytes(), compiler, FLAGS, version, _processor())
         with contextlib.suppress(OSError):  # not writable, or mounted so that nothing there may be loaded
-            return _load(compiler, _cache() / name)
+            return _load(compiler, path)
         with tempfile.TemporaryDirectory(prefix="aograph-") as folder:  # a loaded library outlives its file
-            return _load(compiler, Path(folder) / name)
+            return _load(compiler, Path(folder) / path.name)
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip().splitlines() if error.stderr else []
         cause = next((line for line in said if "error" in line), said[0] if said else f"exit {error.returncode}")
@@ -171,24 +171,14 @@ def _processor() -> list[str]:
     return [line for line in first.splitlines() if line.lower().startswith(marks)]
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("AOGRAPH_CACHE") or Path.home() / ".cache" / "aograph")
-
-
 def _load(compiler: list[str], path: Path) -> ctypes.CDLL:
     """Loads the build at ``path``, which is compiled where it is missing or broken."""
     try:
         return _declare(ctypes.CDLL(str(path)))
     except (OSError, AttributeError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(suffix=".so", dir=path.parent)
-    os.close(handle)
-    try:
-        command = [*compiler, *FLAGS, str(SOURCE), "-o", partial]
-        subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=True)
-        os.replace(partial, path)  # whole or absent, whatever other processes do
-    finally:
-        Path(partial).unlink(missing_ok=True)
+        with cache.written_whole(path) as partial:
+            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(partial)]
+            subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=True)
     return _declare(ctypes.CDLL(str(path)))
 
 

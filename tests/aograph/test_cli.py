@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from aograph.kernels import cuda
 from safetensors.torch import load_file
 
 import aograph
@@ -119,10 +120,15 @@ def test_recipes(capsys):
     assert all(name in printed for name in PRESETS) and "group_size=64" in printed
 
 
-def test_env(capsys):
+def test_env(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("AOGRAPH_CACHE", str(tmp_path))
     assert main(["env"]) == 0
     printed = capsys.readouterr().out
     assert torch.__version__ in printed and "int8_linear" in printed and "dequantize" in printed
+    usable = cuda.available()
+    answer = "yes" if usable is True else f"no: {usable}"
+    for name, shown in (("CUDA C++ kernels", answer), ("kernels are kept in", str(tmp_path))):
+        assert any(line.startswith(name) and line.endswith(shown) for line in printed.splitlines()), name
 
 
 def test_as_a_module():
