@@ -1,0 +1,418 @@
+"""Times int4 and int8 linear layers on a GPU against cuBLAS in bf16 and the kernels that people use.
+
+    python -m bench.linear [--shapes 6144x4096 …] [--m 1 2 …] [--ops int4 int8] [--json OUT] [--plot OUT.png]
+
+Every contender of a shape and M is one CUDA graph. Its calls go round copies of the weight that together are at least
+three times the L2, two at least, and there are as many calls as take half a millisecond at the ceilings of the device,
+which are measured in the same run. The graphs are replayed in turns; a figure is the median over the replays, divided
+by the calls. Each contender's result is first compared with a product in fp32 by the dequantized weight; an error of
+ours over 1e-2 makes the exit status 1.
+
+The peers, all but GemLite's zero points (rounded to bf16 anew) on the very weights that ours reads:
+    tinygemm          aten._weight_int4pack_mm; torchao's int4 on CUDA, without further packages, is this kernel too
+    torchao           its int8 weight-only tensor, run eagerly: the weight is cast at each call, then cuBLAS
+    torchao compiled  the same behind torch.compile under the settings that torchao sets, at M = 1 and 16, as each M is
+                      compiled anew
+    gemlite           its A16W4 and A16W8 layers, with the tables that it ships for the H100
+What is no figure says why: "not installed"; "skipped", where the peer took over 40 times as long as bf16 at a smaller
+M; "no time", once a peer's first calls, where it compiles and tunes itself, have taken --patience seconds in all;
+"error", with the message once on stderr. `roofline` is the share of the larger of two times: the bytes of packed
+weight, x and y at the read bandwidth, and the operations at the bf16 rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from aograph.kernels import int4_linear as int4
+from aograph.kernels import int8_linear as int8
+from tabulate import tabulate
+from torch import Tensor
+
+from .device import Ceilings, cache_bytes, ceilings, machine, medians, record, write
+
+SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192))  # N, K
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+BUSY = 5e-4  # seconds that a graph takes at the ceilings, so that its launch does not count
+HOPELESS = 40  # times bf16
+TOLERANCE = 1e-2
+# What torchao's quantize_ sets for all of Inductor.
+TORCHAO = {
+    "coordinate_descent_tuning": True,
+    "coordinate_descent_check_all_directions": True,
+    "force_fuse_int_mm_with_mul": True,
+}
+
+
+class Weights:
+    """A random weight [N, K] in bf16 and what int4 and int8 make of it."""
+
+    def __init__(self, N: int, K: int, group_size: int, device: torch.device):
+        self.N, self.K, self.group_size = N, K, group_size
+        self.plain = torch.randn(N, K, dtype=torch.bfloat16, device=device).div_(K**0.5)
+        self.int4 = int4.pack(self.plain, group_size)
+        self.int8 = int8.pack(self.plain)
+
+    def exact(self, kind: str) -> Tensor:
+        """The weight [N, K] that a contender computes with, in fp32."""
+        if kind == "int4":
+            q, scale_zero = self.int4
+            return int4.unpack(q, scale_zero.float(), self.group_size, self.N)
+        return int8.unpack(self.int8[0], self.int8[1].float()) if kind == "int8" else self.plain.float()
+
+    def codes(self) -> Tensor:
+        """The codes of int4 as uint8 [N, K]."""
+        q = self.int4[0]
+        return torch.cat([q & 15, q >> 4], 2).transpose(1, 2).reshape(-1, self.K)[: self.N].contiguous()
+
+    def scale_zero(self) -> Tensor:
+        """The pairs (scale, zero) of int4, [K/g, N, 2]."""
+        return self.int4[1][:, : self.N].contiguous()
+
+
+@dataclass(frozen=True)
+class Contender:
+    """packed: the tensors that it reads the weight from; call(x, *packed) -> y; kernel(x): what runs, where it varies.
+
+    copies: of `packed`, itself first; too many for the caches.
+    """
+
+    packed: tuple[Tensor, ...]
+    call: Callable[..., Tensor]
+    kernel: Callable[[Tensor], str] = lambda x: ""
+    copies: tuple[tuple[Tensor, ...], ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.packed)
+
+    def copied(self, least: int) -> Contender:
+        """With copies of together at least `least` bytes, two at least."""
+        more = max(1, -(-least // self.bytes) - 1)
+        return replace(self, copies=(self.packed, *(tuple(t.clone() for t in self.packed) for _ in range(more))))
+
+
+def bf16(weights: Weights) -> Contender:
+    return Contender((weights.plain,), F.linear)
+
+
+def ours4(weights: Weights) -> Contender:
+    rest = weights.group_size, weights.N, None
+    op, packed = int4.int4_linear, weights.int4
+    return Contender(
+        packed, lambda x, *each: op(x, *each, *rest), lambda x: op.choose(op.case_of(x, *packed, *rest)).name
+    )
+
+
+def ours8(weights: Weights) -> Contender:
+    op, packed = int8.int8_linear, weights.int8
+    return Contender(
+        packed, lambda x, *each: op(x, *each, None), lambda x: op.choose(op.case_of(x, *packed, None)).name
+    )
+
+
+def tinygemm(weights: Weights) -> Contender:
+    codes, scale_zero, aten = weights.codes(), weights.scale_zero(), torch.ops.aten
+    if codes.is_cuda:
+        q = aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
+        product = aten._weight_int4pack_mm
+    else:
+        q = aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
+        product = aten._weight_int4pack_mm_for_cpu
+    return Contender((q, scale_zero), lambda x, q, scale_zero: product(x, q, weights.group_size, scale_zero))
+
+
+def torchao(weights: Weights) -> Contender:
+    from torchao.quantization import Int8Tensor
+
+    q, scale = weights.int8
+    weight = Int8Tensor(q, scale.float()[:, None], [1, weights.K], torch.bfloat16)
+    return Contender((weight,), F.linear)
+
+
+def torchao_compiled(weights: Weights) -> Contender:
+    torch.compiler.reset()  # the last shape's code
+    call = torch.compile(lambda x, weight: F.linear(x, weight), dynamic=False, options=TORCHAO)
+    return Contender(torchao(weights).packed, call)
+
+
+def gemlite4(weights: Weights) -> Contender:
+    gemlite = tables_of_gemlite()
+    scale, zero = weights.scale_zero().float().permute(2, 1, 0)
+    layer = gemlite.helper.A16W4_HQQ_INT(device=weights.plain.device, dtype=torch.bfloat16)
+    return gemlite_contender(
+        layer.from_weights(weights.codes(), scale.bfloat16().contiguous(), (8 - zero / scale).bfloat16())
+    )
+
+
+def gemlite8(weights: Weights) -> Contender:
+    q, scale = weights.int8
+    layer = tables_of_gemlite().helper.A16W8_INT8(device=weights.plain.device, dtype=torch.bfloat16)
+    return gemlite_contender(layer.from_weights(q, scales=scale[:, None]))
+
+
+def tables_of_gemlite() -> Any:
+    import gemlite
+
+    gemlite.load_config(str(Path(gemlite.__file__).parent / "configs" / "h100.json"))  # it has none for the H200
+    return gemlite
+
+
+def gemlite_contender(layer: Any) -> Contender:
+    from gemlite import forward_functional
+
+    about = layer.get_meta_args()
+    packed = tuple(tensor.detach() for tensor in layer.get_tensor_args())
+    return Contender(packed, lambda x, *each: forward_functional(x, None, list(each), about))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """kind: whose weights it computes with; build; at: the M that it runs at, None for all; ours."""
+
+    kind: str
+    build: Callable[[Weights], Contender]
+    at: tuple[int, ...] | None = None
+    ours: bool = False
+
+
+ENTRIES = {
+    "bf16": Entry("bf16", bf16),
+    "int4": Entry("int4", ours4, ours=True),
+    "tinygemm": Entry("int4", tinygemm),
+    "gemlite int4": Entry("int4", gemlite4),
+    "int8": Entry("int8", ours8, ours=True),
+    "torchao": Entry("int8", torchao),
+    "torchao compiled": Entry("int8", torchao_compiled, at=(1, 16)),
+    "gemlite int8": Entry("int8", gemlite8),
+}
+
+
+@dataclass
+class Run:
+    """What holds for all shapes: the device and its ceilings, and what became of each peer."""
+
+    device: torch.device
+    limits: Ceilings
+    patience: float
+    waited: dict[str, float] = field(default_factory=dict)  # seconds of first calls, by contender
+    told: set[str] = field(default_factory=set)
+    errors: dict[str, float] = field(default_factory=dict)  # the largest of each contender
+
+    def contender(self, name: str, weights: Weights) -> Contender | str:
+        try:
+            return ENTRIES[name].build(weights).copied(3 * cache_bytes(self.device))
+        except ModuleNotFoundError as missing:
+            return self.tell(name, "not installed", missing)
+        except Exception as error:
+            return self.tell(name, "error", error)
+
+    def tell(self, name: str, word: str, error: Exception) -> str:
+        """The word for the table; what it stands for goes to stderr, once for a contender."""
+        if name not in self.told:
+            text = str(error).strip()
+            print(f"{name}: {word}: {type(error).__name__}: {text[:600]}", file=sys.stderr, flush=True)
+        self.told.add(name)
+        return word
+
+    def measure(
+        self, found: dict[str, Contender], x: Tensor, references: dict[str, Tensor]
+    ) -> tuple[dict[str, float | str], dict[str, float]]:
+        """Seconds of a call of each contender on x [M, K], or why there are none; the errors against the references."""
+        cells: dict[str, float | str] = {}
+        errors, runs, counts = {}, {}, {}
+        for name, each in found.items():
+            entry = ENTRIES[name]
+            if not entry.ours and self.waited.get(name, 0) > self.patience:
+                cells[name] = "no time"
+                continue
+            try:
+                start = time.perf_counter()
+                y = each.call(x, *each.packed)
+                expected = references[entry.kind]
+                errors[name] = float((y.float() - expected).norm() / expected.norm())  # waits for the call
+                self.waited[name] = self.waited.get(name, 0) + time.perf_counter() - start
+                calls = self.calls(each, x, y)
+                runs[name], counts[name] = record(calls, self.device), len(calls)
+            except Exception as error:
+                cells[name] = self.tell(name, "error", error)
+        for name, error in errors.items():
+            self.errors[name] = max(self.errors.get(name, 0), error if error == error else float("inf"))
+        found_seconds = medians(runs, self.device)
+        return cells | {name: seconds / counts[name] for name, seconds in found_seconds.items()}, errors
+
+    def calls(self, each: Contender, x: Tensor, y: Tensor) -> list[Callable[[], Tensor]]:
+        """One call on each of the copies of the weight, over again until the device is busy for long enough."""
+        least = self.limits.seconds(each.bytes + x.nbytes + y.nbytes, 2 * x.numel() * y.shape[-1])
+        rounds = max(1, round(BUSY / (least * len(each.copies))))
+        return [lambda one=one: each.call(x, *one) for one in each.copies * rounds]
+
+
+def sweep(
+    run: Run, N: int, K: int, tokens: Sequence[int], kinds: Sequence[str], group_size: int
+) -> Iterator[dict[str, Any]]:
+    """The rows of one shape, for each M one of each kind."""
+    weights = Weights(N, K, group_size, run.device)
+    exact = {kind: weights.exact(kind) for kind in ("bf16", *kinds)}
+    built = {name: run.contender(name, weights) for name, entry in ENTRIES.items() if entry.kind in exact}
+    hopeless: set[str] = set()
+    for M in sorted(tokens):
+        x = torch.randn(M, K, dtype=torch.bfloat16, device=run.device)
+        references = {kind: x.float() @ weight.T for kind, weight in exact.items()}
+        here = {name: c for name, c in built.items() if ENTRIES[name].at is None or M in ENTRIES[name].at}
+        cells: dict[str, float | str] = {name: c for name, c in here.items() if isinstance(c, str)}
+        cells |= dict.fromkeys(hopeless & here.keys(), "skipped")
+        timed, errors = run.measure({name: c for name, c in here.items() if name not in cells}, x, references)
+        cells |= timed
+        base = cells["bf16"]
+        hopeless |= {n for n, t in timed.items() if not isinstance(t, str | None) and t > HOPELESS * seconds(base)}
+        for kind in kinds:
+            yield row_of(run, kind, weights, M, built, cells, errors, x)
+
+
+def seconds(cell: float | str) -> float:
+    """A time as it is; what is none, as one that nothing beats and that beats nothing."""
+    return float("inf") if isinstance(cell, str) else cell
+
+
+def row_of(
+    run: Run, kind: str, weights: Weights, M: int, built: dict[str, Contender | str],
+    cells: dict[str, float | str], errors: dict[str, float], x: Tensor,
+) -> dict[str, Any]:  # fmt: skip
+    """One line of the figures: ours of this kind at one shape and M, and all that it is measured against."""
+    ours, mine = built[kind], cells[kind]
+    peers = {n: t for n, t in cells.items() if ENTRIES[n].kind == kind and not ENTRIES[n].ours}
+    best = min(peers, key=lambda name: seconds(peers[name]), default=None)
+    row: dict[str, Any] = {"N": weights.N, "K": weights.K, "M": M, "op": kind,
+                           "us": {n: microseconds(cells[n]) for n in ("bf16", kind, *peers)},
+                           "errors": {n: errors[n] for n in ("bf16", kind, *peers) if n in errors}}  # fmt: skip
+    if isinstance(mine, str) or isinstance(ours, str):
+        return row
+    size = ours.bytes + 2 * M * (weights.K + weights.N)
+    least = run.limits.seconds(size, 2 * M * weights.N * weights.K)
+    row |= {"kernel": ours.kernel(x), "roofline us": microseconds(least), "share": round(least / mine, 4)}
+    if not isinstance(cells["bf16"], str):
+        row["x bf16"] = round(cells["bf16"] / mine, 3)
+    if best is not None and not isinstance(peers[best], str):
+        row |= {"best peer": best, "x best peer": round(seconds(peers[best]) / mine, 3)}
+    return row
+
+
+def microseconds(cell: float | str) -> float | str:
+    return cell if isinstance(cell, str) else round(cell * 1e6, 3)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of one shape and op for people; µs."""
+    names = list(dict.fromkeys(name for row in rows for name in row["us"]))
+    lines = []
+    for row in rows:
+        share = f"{row['share']:.0%}" if "share" in row else ""
+        lines.append(
+            [row["M"], *(shown(row["us"].get(name, "")) for name in names), row.get("x bf16", ""),
+             row.get("x best peer", ""), share, row.get("kernel", "")]
+        )  # fmt: skip
+    headers = ["M", *names, "× bf16", "× best peer", "roofline", "kernel"]
+    about = rows[0]
+    return f"\n{about['op']}, {about['N']} × {about['K']}, µs\n" + tabulate(lines, headers, disable_numparse=True)
+
+
+def shown(cell: float | str) -> str:
+    return cell if isinstance(cell, str) else f"{cell:.1f}" if cell < 1000 else f"{cell:.0f}"
+
+
+def plot(rows: Sequence[dict[str, Any]], limits: Ceilings, about: dict[str, Any], path: Path) -> None:
+    """Time against M, one panel for each shape, a line for each contender, the roofline of each op dashed."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shapes = list(dict.fromkeys((row["N"], row["K"]) for row in rows))
+    columns = min(3, len(shapes))
+    lines = -(-len(shapes) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(5.5 * columns, 4.5 * lines), squeeze=False)
+    colors = {name: f"C{i}" for i, name in enumerate(ENTRIES)}
+    for axis in axes.flat[len(shapes) :]:
+        axis.remove()
+    for (N, K), axis in zip(shapes, axes.flat, strict=False):
+        here = [row for row in rows if (row["N"], row["K"]) == (N, K)]
+        for name, color in colors.items():
+            points = dict.fromkeys((row["M"], row["us"][name]) for row in here if name in row["us"])
+            drawn = [(M, us) for M, us in points if not isinstance(us, str)]
+            if drawn:
+                width = 2.4 if ENTRIES[name].ours else 1.2
+                axis.plot(*zip(*drawn, strict=True), "o-", ms=3, lw=width, color=color, label=name)
+        for kind in dict.fromkeys(row["op"] for row in here):
+            least = [(row["M"], row["roofline us"]) for row in here if row["op"] == kind and "roofline us" in row]
+            if least:
+                axis.plot(*zip(*least, strict=True), "--", lw=1, color=colors[kind], label=f"roofline, {kind}")
+        axis.set(title=f"N = {N}, K = {K}", xlabel="M", ylabel="µs", xscale="log", yscale="log")
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=7)
+    figure.suptitle(f"{about['device']}, torch {about['torch']}, {about['date']}; {limits}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def shape(text: str) -> tuple[int, int]:
+    N, K = text.lower().split("x")
+    return int(N), int(K)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.linear", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="NxK")
+    parser.add_argument("--m", type=int, nargs="+", default=TOKENS, help="rows of x")
+    parser.add_argument("--ops", nargs="+", choices=["int4", "int8"], default=["int4", "int8"])
+    parser.add_argument("--group-size", type=int, default=64, help="weights that share a scale, int4")
+    parser.add_argument("--patience", type=float, default=20, help="seconds for the first calls of each peer, in all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures there")
+    parser.add_argument("--plot", type=Path, metavar="OUT", help="also draw them, with matplotlib")
+    options = parser.parse_args(arguments)
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what there is by then is still drawn
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    about, limits = machine(device), ceilings(device)
+    about["group size"] = options.group_size
+    print(json.dumps(about))
+    print(f"ceilings: {limits}", flush=True)
+    run, rows = Run(device, limits, options.patience), []
+    try:
+        for N, K in options.shapes:
+            first = len(rows)
+            for row in sweep(run, N, K, options.m, options.ops, options.group_size):
+                rows.append(row)
+                write(options.json, about, limits, rows)
+            for kind in options.ops:
+                print(table([row for row in rows[first:] if row["op"] == kind]), flush=True)
+    finally:
+        if options.plot and rows:
+            plot(rows, limits, about, options.plot)
+    print("\nlargest error against fp32: " + ", ".join(f"{name} {error:.2e}" for name, error in run.errors.items()))
+    print("seconds of first calls: " + ", ".join(f"{name} {waited:.1f}" for name, waited in run.waited.items()))
+    wrong = [kind for kind in options.ops if not run.errors.get(kind, float("inf")) <= TOLERANCE]
+    if wrong:
+        raise SystemExit(f"{', '.join(wrong)}: the error is over {TOLERANCE}, or nothing ran")
+
+
+if __name__ == "__main__":
+    main()

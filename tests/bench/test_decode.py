@@ -1,0 +1,132 @@
+import argparse
+
+import pytest
+import torch
+
+from bench import decode
+from bench.device import Ceilings
+
+OPTIONS = argparse.Namespace(device="cpu", width=512, layers=1, window=8)
+LIMITS = Ceilings(read=1e9, matmul=1e12)
+
+
+@pytest.fixture(scope="module")
+def worker():
+    """A worker that runs the module as it is, as the doors to compile it are tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(decode.Worker, "compiled", lambda self: self.model)
+        yield decode.Worker("bf16", OPTIONS)
+
+
+@torch.no_grad()
+def test_a_step_attends_to_the_token_that_it_writes(worker):
+    """Against attention written out, over a window into which the token went."""
+    layer = worker.model.layers[0].attention
+    _, position, cache = worker.inputs(2)
+    keys, values = cache[0]
+    before = keys.clone()
+    x = torch.randn(2, 1, 512, dtype=torch.bfloat16)
+    turn = torch.ones(decode.HEAD).bfloat16(), torch.zeros(decode.HEAD).bfloat16()  # by no angle
+    y = layer(x, turn, position % 8, keys, values)
+    slot = decode.FIRST % 8
+    assert torch.equal(keys[:, 0, slot], layer.k_proj(x)[:, 0])
+    rest = [i for i in range(8) if i != slot]
+    assert torch.equal(keys[:, :, rest], before[:, :, rest])
+    q = layer.q_proj(x).view(2, layer.heads, decode.HEAD).float()
+    weights = torch.softmax(q @ keys[:, 0].float().mT / decode.HEAD**0.5, -1)
+    expected = layer.o_proj((weights @ values[:, 0].float()).view(2, 1, -1).bfloat16())
+    torch.testing.assert_close(y, expected, atol=2e-3, rtol=2e-2)
+
+
+@torch.no_grad()
+def test_keys_turn_with_the_position():
+    x = torch.randn(1, 1, 1, decode.HEAD)
+    angles = torch.rand(decode.HEAD // 2).repeat(2)
+    turned = decode.rotated(x, angles.cos(), angles.sin())
+    pair = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones(decode.HEAD // 2), angles[: decode.HEAD // 2])
+    torch.testing.assert_close(turned, torch.cat([pair.real, pair.imag], -1))
+
+
+@torch.no_grad()
+def test_a_batch_is_compiled_and_measured(worker, monkeypatch):
+    monkeypatch.setattr(decode, "STEPS", (2, 3))
+    found = worker.compile(3)
+    assert found["error"] < 0.02
+    row = worker.measure(LIMITS)
+    linear = sum(m.weight.nbytes for m in worker.model.modules() if isinstance(m, torch.nn.Linear))
+    cache = 2 * 3 * 1 * 8 * decode.HEAD * 2
+    assert row["read GB"] == round((linear + cache) / 1e9, 3)
+    assert row["tokens/s"] == pytest.approx(3e3 / row["ms"], rel=1e-2)
+    assert worker.state[1].item() == decode.FIRST + 3 + 3 + row["steps"]
+
+
+class Replies:
+    """A contender that answers from a list."""
+
+    def __init__(self, name, *answers):
+        self.name, self.answers, self.failure, self.orders = name, list(answers), "", []
+
+    def order(self, *order):
+        if not self.failure:
+            self.orders.append(order[0])
+
+    def answer(self):
+        if self.failure:
+            return {}
+        found = self.answers.pop(0)
+        self.failure = found if isinstance(found, str) else ""
+        return {} if self.failure else found
+
+
+def test_contenders_are_compared_and_failures_stay():
+    slow = {"ms": 2.0 * decode.HOPELESS + 1}
+    bf16 = Replies("bf16", {}, {"ms": 2.0}, {}, {"ms": 4.0})
+    ours = Replies("int4wo", {"compile s": 1}, {"ms": 1.0}, {}, {"ms": 1.0})
+    broken = Replies("torchao-int4", "no device")
+    hopeless = Replies("torchao-int8", {}, slow)
+    contenders, base = [bf16, ours, broken, hopeless], {}
+    rows = [row for batch in (1, 4) for row in decode.compare(contenders, batch, False, LIMITS, base)]
+    assert [row.get("x bf16") for row in rows[:3]] == [1.0, 2.0, None]
+    assert rows[1]["compile s"] == 1
+    assert rows[2]["failure"] == rows[6]["failure"] == "no device"
+    assert rows[3]["ms"] == slow["ms"] and "skipped" in rows[7]["failure"]
+    assert rows[5]["x bf16"] == 4.0
+    assert hopeless.orders == ["compile", "measure"]
+    assert "no device" in decode.table(rows)
+
+
+def test_in_turn_each_ends_before_the_next_begins():
+    log = []
+
+    class Logged(Replies):
+        def order(self, *order):
+            log.append((self.name, "order"))
+
+        def answer(self):
+            log.append((self.name, "answer"))
+            return {}
+
+    decode.compiled([Logged("a"), Logged("b")], 1, in_turn=True)
+    assert log == [("a", "order"), ("a", "answer"), ("b", "order"), ("b", "answer")]
+
+
+def test_a_process_that_dies_is_a_failure(capsys):
+    class Dead:
+        exitcode = -9
+
+        def join(self):
+            pass
+
+    class Ended:
+        def recv(self):
+            raise EOFError
+
+        def send(self, order):
+            raise BrokenPipeError
+
+    contender = decode.Contender.__new__(decode.Contender)
+    contender.name, contender.failure, contender.pipe, contender.process = "int4wo", "", Ended(), Dead()
+    contender.order("compile", 1)
+    assert contender.answer() == {}
+    assert contender.failure == "the process ended with -9"
+    assert "int4wo" in capsys.readouterr().err
