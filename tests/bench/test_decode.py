@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench import decode
+from bench.decode_step import HEAD
 from bench.device import Ceilings
 
 OPTIONS = argparse.Namespace(device="cpu", width=512, layers=1, window=8)
@@ -19,42 +20,13 @@ def worker():
 
 
 @torch.no_grad()
-def test_a_step_attends_to_the_token_that_it_writes(worker):
-    """Against attention written out, over a window into which the token went."""
-    layer = worker.model.layers[0].attention
-    _, position, cache = worker.inputs(2)
-    keys, values = cache[0]
-    before = keys.clone()
-    x = torch.randn(2, 1, 512, dtype=torch.bfloat16)
-    turn = torch.ones(decode.HEAD).bfloat16(), torch.zeros(decode.HEAD).bfloat16()  # by no angle
-    y = layer(x, turn, position % 8, keys, values)
-    slot = decode.FIRST % 8
-    assert torch.equal(keys[:, 0, slot], layer.k_proj(x)[:, 0])
-    rest = [i for i in range(8) if i != slot]
-    assert torch.equal(keys[:, :, rest], before[:, :, rest])
-    q = layer.q_proj(x).view(2, layer.heads, decode.HEAD).float()
-    weights = torch.softmax(q @ keys[:, 0].float().mT / decode.HEAD**0.5, -1)
-    expected = layer.o_proj((weights @ values[:, 0].float()).view(2, 1, -1).bfloat16())
-    torch.testing.assert_close(y, expected, atol=2e-3, rtol=2e-2)
-
-
-@torch.no_grad()
-def test_keys_turn_with_the_position():
-    x = torch.randn(1, 1, 1, decode.HEAD)
-    angles = torch.rand(decode.HEAD // 2).repeat(2)
-    turned = decode.rotated(x, angles.cos(), angles.sin())
-    pair = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones(decode.HEAD // 2), angles[: decode.HEAD // 2])
-    torch.testing.assert_close(turned, torch.cat([pair.real, pair.imag], -1))
-
-
-@torch.no_grad()
 def test_a_batch_is_compiled_and_measured(worker, monkeypatch):
     monkeypatch.setattr(decode, "STEPS", (2, 3))
     found = worker.compile(3)
     assert found["error"] < 0.02
     row = worker.measure(LIMITS)
     linear = sum(m.weight.nbytes for m in worker.model.modules() if isinstance(m, torch.nn.Linear))
-    cache = 2 * 3 * 1 * 8 * decode.HEAD * 2
+    cache = 2 * 3 * 1 * 8 * HEAD * 2
     assert row["read GB"] == round((linear + cache) / 1e9, 3)
     assert row["tokens/s"] == pytest.approx(3e3 / row["ms"], rel=1e-2)
     assert worker.state[1].item() == decode.FIRST + 3 + 3 + row["steps"]

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import linear
+from bench import contenders, linear
+from bench.contenders import ENTRIES, Contender, Entry
 from bench.device import Ceilings
-from bench.linear import ENTRIES, Contender, Entry, Run, Weights
+from bench.linear import Run
 
 CPU = torch.device("cpu")
 LIMITS = Ceilings(read=1e12, matmul=1e15)  # so high that a graph would be of many calls: see `run`
@@ -36,17 +37,11 @@ def rows_of(run, tokens=(1, 4), kinds=("int4",)):
     return list(linear.sweep(run, 128, 256, tokens, kinds, 64))
 
 
-def test_codes_are_those_of_the_packed_weight():
-    weights = Weights(96, 256, 64, CPU)
-    pairs = weights.scale_zero().float().repeat_interleave(64, 0).permute(2, 1, 0)
-    assert torch.equal((weights.codes().float() - 8) * pairs[0] + pairs[1], weights.exact("int4"))
-
-
 def test_a_row_has_ratios_and_the_kernel(run, entries):
     (row, _) = rows_of(run)
     assert row["us"] == {"bf16": 10.0, "int4": 4.0, "tinygemm": 6.0}
     assert (row["x bf16"], row["best peer"], row["x best peer"]) == (2.5, "tinygemm", 1.5)
-    assert row["kernel"] in [each.name for each in linear.int4.int4_linear]
+    assert row["kernel"] in [each.name for each in contenders.int4.int4_linear]
     size = 128 * 256 // 2 + 4 * 128 * 4 + 2 * (256 + 128)  # codes, pairs, x and y
     assert row["share"] == pytest.approx(size / LIMITS.read / 4e-6, abs=1e-4)
     assert max(row["errors"].values()) < linear.TOLERANCE
@@ -83,13 +78,6 @@ def test_a_peer_that_compiles_too_long_is_left_out(run, entries):
     assert first["us"]["tinygemm"] == 6.0
     assert second["us"]["tinygemm"] == "no time"
     assert second["us"]["int4"] == 4.0
-
-
-def test_copies_are_too_many_for_the_caches():
-    weight = torch.randn(4, 4)
-    few, many = (Contender((weight,), F.linear).copied(least).copies for least in (1, 10 * weight.nbytes))
-    assert (len(few), len(many)) == (2, 10)
-    assert len({each[0].data_ptr() for each in many}) == 10
 
 
 def test_a_wrong_result_of_ours_fails_the_run(run, entries, monkeypatch, tmp_path, capsys):
