@@ -285,9 +285,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # contenders are ended, and the table is printed
     # Contenders share the cores; each would start as many compilers as there are.
-    os.environ.setdefault(
-        "TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // len(options.contenders)))
-    )
+    threads = max(1, (os.cpu_count() or 1) // (1 if options.in_turn else len(options.contenders)))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
+    os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # of an earlier run: `compile s` is from nothing
     device = torch.device(options.device)
     about, limits = machine(device), ceilings(device)
     if device.type == "cuda":
