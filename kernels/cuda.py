@@ -25,12 +25,14 @@ from .nvrtc import compile
 with contextlib.suppress(ImportError):  # of which `nvrtc.version` tells
     from cuda.bindings import driver
 
-__all__ = ["Kernel", "available", "compile", "kernel"]
+__all__ = ["Kernel", "available", "boxes", "compile", "kernel"]
 
 OLDEST_DRIVER = 12, 4  # from 12.3 on graphs hold dependent launches, from 12.4 on a kernel tells its parameters
 LARGEST_CLUSTER = 8  # blocks: what every device that has clusters can do
-POINTER, INT = 8, 4  # bytes of a parameter
+POINTER, INT, BOXES = 8, 4, 128  # bytes of a parameter
+KINDS = {POINTER: "a tensor there or None", INT: "an int", BOXES: "boxes"}
 INTS = range(-(1 << 31), 1 << 31)
+ITEMS = {1: "UINT8", 2: "UINT16", 4: "UINT32", 8: "UINT64"}  # of a matrix, by their bytes
 
 
 @functools.cache
@@ -72,6 +74,39 @@ def kernel(file: str | Path, name: str, device: torch.device, **defines: int | s
     return Kernel(cubin, name, device, f"{title} on {device}")
 
 
+@functools.lru_cache(maxsize=4096)
+def boxes(
+    address: int, shape: tuple[int, int], itemsize: int, box: tuple[int, int], swizzle: int = 0
+) -> "driver.CUtensorMap":
+    """How a kernel copies boxes of a matrix, as a `Matrix` of ptx.cuh.
+
+    Args:
+        address: of the matrix, a multiple of 16.
+        shape: rows and columns of the matrix, which is contiguous; the bytes of a row are a multiple of 16.
+        itemsize: bytes of an item: 1, 2, 4 or 8.
+        box: rows and columns of a box, 256 at most.
+        swizzle: bytes, 64 or 128, of a box's rows, which are swizzled in shared memory; 0: as they are.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    (rows, columns), (box_rows, box_columns) = shape, box
+    answer = driver.cuTensorMapEncodeTiled(
+        getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{ITEMS[itemsize]}"),
+        2,
+        address,
+        [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+        [driver.cuuint64_t(columns * itemsize)],
+        [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)],
+        [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{f'{swizzle}B' if swizzle else 'NONE'}"),
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    return _checked(answer, f"boxes {list(box)} of a matrix {list(shape)} of {ITEMS[itemsize].lower()}")
+
+
 class Kernel:
     """A kernel on a device; a call launches it.
 
@@ -98,8 +133,8 @@ class Kernel:
             end = driver.CUresult.CUDA_ERROR_INVALID_VALUE
             while (answer := driver.cuFuncGetParamInfo(self.function, len(self.sizes)))[0] != end:
                 self.sizes.append(_checked(answer, title)[1])
-        if not {*self.sizes} <= {POINTER, INT}:
-            raise RuntimeError(f"{title} has parameters of {self.sizes} bytes; they must be pointers and ints")
+        if not {*self.sizes} <= {POINTER, INT, BOXES}:
+            raise RuntimeError(f"{title} has parameters of {self.sizes} bytes; they must be pointers, ints and boxes")
         self.blocks_per_multiprocessor = functools.cache(self._blocks_per_multiprocessor)
         self._configuration = functools.lru_cache(maxsize=4096)(self._configure)
 
@@ -110,7 +145,7 @@ class Kernel:
         self,
         grid: tuple[int, int, int],
         threads: int,
-        arguments: tuple[Tensor | int | None, ...],
+        arguments: tuple["Tensor | int | driver.CUtensorMap | None", ...],
         *,
         shared: int = 0,
         cluster: int = 1,
@@ -121,7 +156,8 @@ class Kernel:
         Args:
             grid: blocks along x, y, z.
             threads: of a block.
-            arguments: for each pointer a tensor, or None for the null pointer; for each int an int.
+            arguments: for each pointer a tensor, or None for the null pointer; for each int an int; for each
+                Matrix (of ptx.cuh) what `boxes` gives.
             shared: bytes of dynamic shared memory of a block.
             cluster: blocks along x that form a cluster, at most 8; more than 1 from capability 9.0 on.
             dependent: may start before the work ahead of it has ended (see the module); ignored before capability 9.0.
@@ -135,6 +171,9 @@ class Kernel:
         words = array("q", map(self._word, arguments, self.sizes))
         first = words.buffer_info()[0]
         pointers = array("Q", range(first, first + 8 * len(words), 8))
+        for i, size in enumerate(self.sizes):
+            if size == BOXES:
+                pointers[i] = words[i]
         stream = torch.cuda.current_stream(self.index).cuda_stream
         config = self._configuration(grid, threads, shared, cluster, dependent, stream)
         launch = config, self.function, pointers.buffer_info()[0], 0
@@ -145,13 +184,16 @@ class Kernel:
         if answer[0]:
             _checked(answer, f"{self.title}, grid {grid}, {threads} threads, {shared} bytes, clusters of {cluster}")
 
-    def _word(self, argument: Tensor | int | None, size: int) -> int:
-        """What the driver reads `size` bytes of."""
+    def _word(self, argument: "Tensor | int | driver.CUtensorMap | None", size: int) -> int:
+        """What the driver reads `size` bytes of; of boxes, where they are."""
         if size == POINTER:
             if argument is None:
                 return 0
             if isinstance(argument, Tensor) and argument.get_device() == self.index:
                 return argument.data_ptr()
+        elif size == BOXES:
+            if isinstance(argument, driver.CUtensorMap):
+                return int(argument.getPtr())
         elif isinstance(argument, int) and argument in INTS:
             return argument
         found = f"a tensor on {argument.device}" if isinstance(argument, Tensor) else repr(argument)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu_native, linear, rounding
+from . import cpu_native, cuda_linear, linear, rounding
 from .linear import LinearOp
 from .op import Case
 
@@ -105,6 +105,11 @@ def _(x, q, scale_zero, group_size, out_features, bias=None):
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, q.view(P * PANEL, K // 2), group_size, scale_zero)
     y = y[:, :out_features]
     return y.contiguous() if bias is None else y + bias
+
+
+@int4_linear.implementation("cuda", supports=lambda case: cuda_linear.supports(case, 4))
+def _(x, q, scale_zero, group_size, out_features, bias=None):
+    return cuda_linear.linear(x, q, scale_zero, bias, out_features, group_size)
 
 
 @int4_linear.implementation("triton", supports=linear.triton, standalone=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu_native, linear, rounding
+from . import cpu_native, cuda_linear, linear, rounding
 from .linear import LinearOp
 from .op import Case
 
@@ -56,6 +56,11 @@ def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor
 def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     y = torch.ops.aten._weight_int8pack_mm(x, q, scale)
     return y if bias is None else y.add_(bias)
+
+
+@int8_linear.implementation("cuda", supports=lambda case: cuda_linear.supports(case, 8))
+def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    return cuda_linear.linear(x, q, scale, bias, q.shape[0], None)
 
 
 @int8_linear.implementation("triton", supports=linear.triton, standalone=True)

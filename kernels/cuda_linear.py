@@ -1,0 +1,197 @@
+"""Linear layers on packed weights for CUDA, in CUDA C++: which kernel runs, of which sizes, for which shape.
+
+`small_linear.cu` reads the weight as fast as memory gives it, for few tokens; `wide_linear.cu` feeds the tensor cores,
+for more. What is best for a shape was measured: `tuned/sm_90.json` has the plans of some shapes for each number of
+tokens (the upper ends of TOKENS), and other shapes take those of the nearest. `aograph tune` measures more, for a
+model's own shapes, and keeps them in the cache folder; what is there comes first. Nothing is measured at run time.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
+from math import log
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import cache as files
+from . import cuda
+from .op import Case, need
+
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1 << 24)  # a plan holds up to so many
+ARCHITECTURES = {(9, 0): "sm_90"}  # wgmma is of this generation alone
+SHARED = 232448  # bytes of shared memory that a block can have
+STEP, UNIT = 64, 128  # k of a stage of the wide and the small kernel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A kernel and its sizes; `blocks` of a cluster share K. The .cu files say what the other sizes are.
+
+    small: stages, channels (64 for a panel of int4, 16 for a row of int8's), tokens (1, or 8 for a tile), warps.
+    wide: stages, channels, tokens, and the warps that multiply, each 16 or 32 channels.
+    """
+
+    kernel: str
+    blocks: int
+    stages: int
+    channels: int
+    tokens: int
+    warps: int
+
+    def defines(self, bits: int, group_size: int | None) -> dict[str, int]:
+        """The defines of the kernel, for weights of so many bits."""
+        if self.kernel == "wide":
+            sizes = {"TOKENS": self.tokens, "GROUPS": self.warps // 4, "TALL": self.channels // self.warps // 16}
+            sizes |= {"PRODUCERS": self.producers}
+        else:
+            sizes = {"TILES": max(self.tokens // 8, 1), "WARPS": self.warps, "ONE": int(self.tokens == 1), "UNIT": UNIT}
+            sizes |= {"PANELS": self.channels // 64} if bits == 4 else {"ROWS": self.channels // 16}
+        return {"STAGES": self.stages, **sizes, **({"GROUP": group_size} if bits == 4 else {})}
+
+    @property
+    def producers(self) -> int:
+        """Threads that only copy, or give their registers away."""
+        return 128 if self.kernel == "wide" and self.warps == 8 and self.channels * self.tokens > 128 * 128 else 32
+
+    @property
+    def threads(self) -> int:
+        return self.warps * 32 + self.producers
+
+    def shared(self, bits: int, group_size: int | None) -> int:
+        """Bytes of shared memory: barriers, and the ring of stages or the sums that take its place at the end."""
+        unit = STEP if self.kernel == "wide" else UNIT
+        stage = self.channels * (unit // 2 + max(unit // group_size, 1) * 4 if bits == 4 else unit)
+        if self.kernel == "wide":
+            stage = -(-(stage + self.tokens * 128) // 1024) * 1024
+            return 1024 + max(self.stages * stage, self.tokens * (self.channels + 8) * 4)
+        return 1024 + self.warps * max(self.stages * stage, self.tokens * self.channels * 4)
+
+    def fits(self, N: int, K: int, bits: int, group_size: int | None) -> bool:
+        """Whether the kernel can run so, for this shape."""
+        return K % UNIT == N % 8 == 0 and self.blocks <= K // UNIT and self.shared(bits, group_size) <= SHARED
+
+
+def supports(case: Case, bits: int) -> bool | str:
+    """Whether these kernels take a case of `int4_linear` or `int8_linear`, and are what it runs fastest with."""
+    here = need(
+        (case.device == "cuda", "runs on CUDA only"),
+        (case.capability in ARCHITECTURES, "is written for compute capability 9.0"),
+        (case.dtype in (torch.bfloat16, torch.float16), "takes bf16 and fp16 x only"),
+        (case.K % UNIT == 0, f"K is not a multiple of {UNIT}"),
+        (case.N % 8 == 0, "N is not a multiple of 8"),
+        (case.M is not None, "M is unknown"),
+    )
+    if here is True:
+        here = cuda.available(case.capability)
+    if here is True and plan(bits, case.M, case.N, case.K, case.group_size) is None:
+        here = "dequantizing was faster for so many tokens"
+    return here
+
+
+def linear(x: Tensor, q: Tensor, scales: Tensor, bias: Tensor | None, N: int, group_size: int | None) -> Tensor:
+    """y [M, N] in x's dtype; x [M, K] bf16 or fp16, contiguous, M ≥ 1; the weight as its op packs it.
+
+    group_size: None for int8. ValueError where `supports` says no.
+    """
+    M, K = x.shape
+    bits = 8 if group_size is None else 4
+    chosen = plan(bits, M, N, K, group_size)
+    if chosen is None:
+        raise ValueError(f"no CUDA kernel is meant for x [{M}, {K}] and int{bits} weights [{N}, {K}]")
+    return run(chosen, x, q, scales, bias, N, group_size)
+
+
+def run(
+    plan: Plan, x: Tensor, q: Tensor, scales: Tensor, bias: Tensor | None, N: int, group_size: int | None
+) -> Tensor:
+    """`linear`, by a plan that fits."""
+    (M, K), bits = x.shape, 8 if group_size is None else 4
+    y = x.new_empty(M, N)
+    x, q, scales = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (x, q, scales))  # copies are of 16 bytes
+    kernel, shared = _kernel(plan, bits, group_size, x.dtype, x.device)
+    grid = -(-N // plan.channels) * plan.blocks, -(-M // plan.tokens), 1
+    with torch.cuda.device_of(x):
+        matrices = _boxes(plan, x.data_ptr(), q.data_ptr(), scales.data_ptr(), M, N, K, group_size)
+        tensors = (box or tensor for box, tensor in zip(matrices, (x, q, scales), strict=True))
+        kernel(grid, plan.threads, (*tensors, bias, y, M, N, K), shared=shared, cluster=plan.blocks)
+    return y
+
+
+@lru_cache(maxsize=4096)
+def _boxes(plan: Plan, x: int, q: int, scales: int, M: int, N: int, K: int, group_size: int | None) -> tuple:
+    """x, the codes and the scales at these addresses as boxes, where the kernel takes them so (see the .cu files)."""
+    wide, P = plan.kernel == "wide", -(-N // 64)
+    of_x = cuda.boxes(x, (M, K), 2, (plan.tokens, STEP), swizzle=128) if wide else None
+    if group_size is None:
+        width = STEP if wide else UNIT
+        return of_x, cuda.boxes(q, (N, K), 1, (plan.channels, width), swizzle=width), None
+    of_q = cuda.boxes(q, (P, K * 4), 8, (plan.channels // 64, STEP * 4)) if wide else None
+    groups = max((STEP if wide else UNIT) // group_size, 1)
+    return of_x, of_q, cuda.boxes(scales, (K // group_size, P * 64), 4, (groups, plan.channels))
+
+
+@cache
+def _kernel(plan: Plan, bits: int, group_size: int | None, dtype: torch.dtype, device: torch.device):
+    defines = plan.defines(bits, group_size) | {"HALF": int(dtype is torch.float16)}
+    kernel = cuda.kernel(f"{plan.kernel}_linear.cu", f"int{bits}_{plan.kernel}", device, **defines)
+    return kernel, plan.shared(bits, group_size)
+
+
+# Plans ------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def plan(bits: int, M: int, N: int, K: int, group_size: int | None) -> Plan | None:
+    """The plan for M tokens: that of the nearest shape that was measured; None where dequantizing is faster."""
+    bucket = next(i for i, most in enumerate(TOKENS) if most >= M)
+    measured = [(shape, plans[bucket]) for shape, plans in table(bits).items()]
+    fitting = [(shape, p) for shape, p in measured if p is None or p.fits(N, K, bits, group_size)]
+    if not fitting:
+        return None
+    return min(fitting, key=lambda each: abs(log(each[0][0] / N)) + abs(log(each[0][1] / K)))[1]
+
+
+@cache
+def table(bits: int) -> dict[tuple[int, int], list[Plan | None]]:
+    """For each shape (N, K) that was measured, its plans by TOKENS."""
+    plans: dict[tuple[int, int], list[Plan | None]] = {}
+    for path in (shipped(), tuned()):
+        if path.exists():
+            plans |= read(path).get(bits, {})
+    return plans
+
+
+def shipped() -> Path:
+    """The plans that come with the package."""
+    return Path(__file__).parent / "tuned" / "sm_90.json"
+
+
+def tuned() -> Path:
+    """The plans that `aograph tune` measured here."""
+    return files.folder() / "tuned-sm_90.json"
+
+
+def read(path: Path) -> dict[int, dict[tuple[int, int], list[Plan | None]]]:
+    """By bits and shape; the file names what is measured in words."""
+    found = json.loads(path.read_text())
+    return {
+        int(name.removeprefix("int")): {
+            tuple(int(size) for size in shape.split("x")): [None if each is None else Plan(**each) for each in plans]
+            for shape, plans in shapes.items()
+        }
+        for name, shapes in found["plans"].items()
+    }
+
+
+def write(path: Path, plans: dict[int, dict[tuple[int, int], list[Plan | None]]], about: dict[str, str]) -> None:
+    """The file that `read` reads; `about`: where and when it was measured."""
+    shapes = {
+        f"int{bits}": {
+            f"{N}x{K}": [None if each is None else asdict(each) for each in found] for (N, K), found in shapes.items()
+        }
+        for bits, shapes in plans.items()
+    }
+    with files.written_whole(path) as partial:
+        partial.write_text(json.dumps({"about": about, "plans": shapes}, indent=1) + "\n")

@@ -1,0 +1,210 @@
+// What the CUDA kernels of this folder say in PTX: copies that complete on barriers, clusters, fragments, conversions.
+// HALF: 0 where x is bf16, 1 where it is fp16. sm_90 or newer.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Barriers in shared memory, and the copies that complete on them -------------------------------------------
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again; }" ::"r"(barrier), "r"(phase) : "memory");
+}
+
+// What is read once leaves the L2 first.
+__device__ __forceinline__ u64 read_once() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// Addresses and size: multiples of 16 bytes.
+__device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
+}
+// A matrix in global memory and how boxes of it lie in shared memory: a CUtensorMap, which the launcher makes.
+struct alignas(64) Matrix {
+  u64 opaque[16];
+};
+// The box at this column and row; zeros beyond the matrix.
+__device__ __forceinline__ void copy_box(u32 to, const Matrix& from, int column, int row, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(&from), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void copy_box(u32 to, const Matrix& from, int column, int row, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], "
+      "[%4], %5;" ::"r"(to), "l"(&from), "r"(column), "r"(row), "r"(barrier), "l"(policy) : "memory");
+}
+
+// Grids that overlap in time (programmatic dependent launch) --------------------------------------------------
+
+__device__ __forceinline__ void wait_for_previous_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_grid_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Of what a previous grid may have written: not to be moved before the wait.
+__device__ __forceinline__ uint4 load_16(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ uint2 load_8(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
+// Clusters ---------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int cluster_size() {
+  int blocks;
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(blocks));
+  return blocks;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The 4 floats that each block of the cluster has at this block's shared address, added in the order of the blocks.
+__device__ __forceinline__ float4 cluster_sum(u32 address, int blocks) {
+  float4 v[8];
+#pragma unroll
+  for (int r = 0; r < 8; r++) { // all on their way before the first is needed
+    v[r] = make_float4(0, 0, 0, 0);
+    if (r < blocks) {
+      u32 there;
+      asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(r));
+      asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+                   : "=f"(v[r].x), "=f"(v[r].y), "=f"(v[r].z), "=f"(v[r].w) : "r"(there) : "memory");
+    }
+  }
+#pragma unroll
+  for (int r = 1; r < 8; r++) v[0].x += v[r].x, v[0].y += v[r].y, v[0].z += v[r].z, v[0].w += v[r].w;
+  return v[0];
+}
+
+// Fragments --------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void load_matrices(u32* v, u32 row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(row) : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(u32* v, u32 row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(row) : "memory");
+}
+
+#if HALF
+#define HALF_TYPE "f16"
+#define ONES 0x3C003C00u    // 1, 1
+#define MAGIC 0x64006400u   // 1024: an integer below 1024 in its low bits is added to it
+#define EIGHT 0x64086408u   // 1024 + 8
+#define BIAS128 0x64806480u // 1024 + 128
+#else
+#define HALF_TYPE "bf16"
+#define ONES 0x3F803F80u
+#define MAGIC 0x43004300u // 128: an integer below 128 in its low bits is added to it
+#define EIGHT 0x43084308u // 128 + 8
+#endif
+
+// d [16, 8] fp32 += a [16, 16] · b [16, 8]
+__device__ __forceinline__ void multiply_add(float* d, const u32* a, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." HALF_TYPE "." HALF_TYPE
+      ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d = a · b + c, where every row of c is (c0, c1)
+__device__ __forceinline__ void multiply(float* d, const u32* a, u32 b0, u32 b1, float c0, float c1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." HALF_TYPE "." HALF_TYPE
+      ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%10,%11};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c0), "f"(c1));
+}
+
+// Numbers: two of a half precision in a register -------------------------------------------------------------
+
+__device__ __forceinline__ u32 subtract2(u32 a, u32 b) {
+  u32 d;
+#if HALF
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#else
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#endif
+  return d;
+}
+__device__ __forceinline__ u32 multiply_add2(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn." HALF_TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 bytes) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(bytes));
+  return d;
+}
+// (v & mask) | set
+__device__ __forceinline__ u32 mask_or(u32 v, u32 mask, u32 set) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(v), "r"(mask), "r"(set));
+  return d;
+}
+// code - 8 + OFFSET, exactly, of the codes in bits 0-3 and 16-19: one operation less than code - 8
+#if HALF // fp32 sums of numbers above 1024 would lose too much
+#define OFFSET 0.f
+__device__ __forceinline__ u32 from_int4_offset(u32 v) { return subtract2(mask_or(v, 0x000F000Fu, MAGIC), EIGHT); }
+#else
+#define OFFSET 136.f
+__device__ __forceinline__ u32 from_int4_offset(u32 v) { return mask_or(v, 0x000F000Fu, MAGIC); }
+#endif
+// code - 8, exactly, of the codes in bits 0-3 and 16-19
+__device__ __forceinline__ u32 from_int4(u32 v) { return subtract2(mask_or(v, 0x000F000Fu, MAGIC), EIGHT); }
+// the integers in bits 0-7 and 16-23, exactly
+__device__ __forceinline__ u32 from_int8(u32 v) {
+#if HALF
+  return subtract2(mask_or(v ^ 0x00800080u, 0x00FF00FFu, MAGIC), BIAS128);
+#else // the sign bit, of weight -128, is where adding 128 to MAGIC sets a bit
+  return subtract2(mask_or(v, 0x007F007Fu, MAGIC), mask_or(v, 0x00800080u, MAGIC));
+#endif
+}
+__device__ __forceinline__ float to_float(u16 v) {
+  float f;
+#if HALF
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+#else
+  f = __uint_as_float((u32)v << 16);
+#endif
+  return f;
+}
+// Both of a register
+__device__ __forceinline__ float2 to_floats(u32 v) {
+#if HALF
+  return make_float2(to_float((u16)v), to_float((u16)(v >> 16)));
+#else
+  return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xFFFF0000u));
+#endif
+}
+__device__ __forceinline__ u16 to_half(float f) {
+  u16 v;
+  asm("cvt.rn." HALF_TYPE ".f32 %0, %1;" : "=h"(v) : "f"(f));
+  return v;
+}

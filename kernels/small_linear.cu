@@ -1,0 +1,299 @@
+// y = x @ W.T + bias on packed weights, for few tokens: the time is that of reading the weight.
+//
+// The weight is the left operand of mma.m16n8k16, so that few tokens fill its short side. Each warp works on its own
+// part of the weight, which one thread of the last warp brings to the warp's ring in shared memory; no warp waits for
+// another: the warps of a block and the blocks of a cluster take K in turns, and their sums meet at the end, in a fixed
+// order. The first copies of a grid, which are weights, start before the grid that computes x has ended.
+//
+// Defines: HALF, WARPS (that compute), STAGES (of a ring), UNIT (along K, of a stage), TILES (of 8 tokens: M ≤ 8 TILES),
+// ONE (1 if M = 1 and TILES = 1), and for int4 PANELS (of 64 channels that a block computes), GROUP; for int8 ROWS (of
+// 16 channels; UNIT is 128).
+// Boxes: of int4's scales the block's channels and a unit's groups, as they are; of int8's q the block's channels and
+// 128 k, swizzled by 128 bytes.
+// Grid: as many blocks for each PANELS or ROWS as a cluster has, along x.
+
+#include "ptx.cuh"
+
+extern __shared__ __align__(1024) u8 shared[];
+
+#define BARRIERS 1024 // bytes, of the barriers, ahead of the rings and the sums
+#define THREADS (WARPS * 32 + 32)
+#define RINGS (WARPS * STAGES) // stages in all: unit i of the block goes to i % RINGS
+
+// What the last warp does: it brings the units begin ... end to the rings, by fetch(unit, stage, barrier).
+template <typename Fetch>
+__device__ __forceinline__ void produce(int begin, int end, u32 full, u32 empty, Fetch fetch) {
+  if (threadIdx.x != WARPS * 32) return;
+  int stage = 0, phase = 1;
+  for (int unit = begin; unit < end; unit++) {
+    barrier_wait(empty + stage * 8, phase);
+    fetch(unit, stage, full + stage * 8);
+    if (++stage == RINGS) stage = 0, phase ^= 1;
+  }
+}
+
+__device__ __forceinline__ void make_barriers(u32 full, u32 empty) {
+  if (threadIdx.x < RINGS) {
+    barrier_init(full + threadIdx.x * 8, 1);
+    barrier_init(empty + threadIdx.x * 8, 1);
+    barriers_ready();
+  }
+  __syncthreads();
+}
+
+// d of a tile, tokens 8 m and on: rows g and g + 8 are the channels `low` and `high` of the block
+template <int CHANNELS>
+__device__ __forceinline__ void keep(const float* d, int m, int low, int high, int M) {
+  float* sums = (float*)(shared + BARRIERS) + threadIdx.x / 32 * M * CHANNELS;
+#pragma unroll
+  for (int i = 0; i < 2 - ONE; i++) {
+    const int token = m * 8 + threadIdx.x % 4 * 2 + i;
+    if (token < M) {
+      sums[token * CHANNELS + low] = d[i];
+      sums[token * CHANNELS + high] = d[2 + i];
+    }
+  }
+}
+
+// Adds up what the warps keep, [warp][token][channel], then the blocks of the cluster -> y.
+template <int CHANNELS>
+__device__ __forceinline__ void finish(const u16* scale, const u16* bias, u16* y, int M, int N, int first) {
+  float4* sums = (float4*)(shared + BARRIERS);
+  const int total = M * CHANNELS / 4, blocks = cluster_size(), rank = blockIdx.x % blocks;
+  auto write = [&](int i, float4 sum) {
+    const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+    const int token = i / (CHANNELS / 4), n = first + i % (CHANNELS / 4) * 4;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      if (n + j < N) {
+        const float value = scale ? values[j] * to_float(scale[n + j]) : values[j];
+        y[(size_t)token * N + n + j] = to_half(bias ? value + to_float(bias[n + j]) : value);
+      }
+  };
+  __syncthreads();
+  for (int i = threadIdx.x; i < total; i += THREADS) {
+    float4 sum = sums[i];
+#pragma unroll
+    for (int w = 1; w < WARPS; w++) {
+      const float4 more = sums[w * total + i];
+      sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+    }
+    if (blocks == 1) write(i, sum);
+    else sums[i] = sum;
+  }
+  if (blocks == 1) return;
+  cluster_sync();
+  for (int i = rank * THREADS + threadIdx.x; i < total; i += blocks * THREADS)
+    write(i, cluster_sum(shared_address(sums + i), blocks));
+  cluster_sync(); // the others may still read this block's sums
+}
+
+#ifdef GROUP
+#define SPAN (GROUP < UNIT ? GROUP : UNIT) // along K, with one scale
+#define SPANS (UNIT / SPAN)
+#define CHANNELS (64 * PANELS)
+#define CODE_BYTES (PANELS * UNIT * 32)
+#define STAGE (CODE_BYTES + SPANS * CHANNELS * 4) // bytes
+
+// x [M, K], q [P, K, 32] uint8, scale_zero [K / GROUP, 64 P, 2], bias [N] or null -> y [M, N]; K % UNIT = 0
+extern "C" __global__ void __launch_bounds__(THREADS, TILES * PANELS == 1 ? 16 / WARPS : 1)
+int4_small(const u16* x, const u8* __restrict__ q, const __grid_constant__ Matrix scale_zero, const u16* __restrict__ bias,
+           u16* y, int M, int N, int K) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int blocks = cluster_size(), rank = blockIdx.x % blocks;
+  const int P = (N + 63) / 64, panel = blockIdx.x / blocks * PANELS;
+  const int units = K / UNIT, begin = units * rank / blocks, end = units * (rank + 1) / blocks;
+  const u32 full = shared_address(shared), empty = full + RINGS * 8, ring = full + BARRIERS;
+  make_barriers(full, empty);
+  float out[PANELS][4][TILES][4] = {};
+
+  if (warp == WARPS) {
+    const u64 policy = read_once();
+    produce(begin, end, full, empty, [&](int unit, int stage, u32 barrier) {
+      const u32 to = ring + stage * STAGE;
+      barrier_expect(barrier, STAGE);
+#pragma unroll
+      for (int p = 0; p < PANELS; p++) { // of a panel that is not there nothing is kept
+        const u8* from = q + ((size_t)min(panel + p, P - 1) * K + (size_t)unit * UNIT) * 32;
+        copy_bulk(to + p * UNIT * 32, from, UNIT * 32, barrier, policy);
+      }
+      copy_box(to + CODE_BYTES, scale_zero, panel * 64, unit * UNIT / GROUP, barrier, policy);
+    });
+  } else {
+    // Which k goes where in a tile is free if x agrees: here so that a thread reads 8 neighbours of x at a time, and
+    // threads of odd t swap their pairs, which halves the bank conflicts of reading the codes.
+    const int row = lane % 8, matrix = lane / 8;
+    const u32 mine = (8 * (row / 2) + row % 2 + 2 * ((matrix & 1) ^ (row / 2 & 1))) * 32 + matrix / 2 * 16;
+    const u32 ones[4] = {ONES, ONES, ONES, ONES};
+    uint4 xs[TILES][UNIT / 32];
+    auto read = [&](int unit) {
+#pragma unroll
+      for (int m = 0; m < TILES; m++)
+#pragma unroll
+        for (int u = 0; u < UNIT / 32; u++) {
+          xs[m][u] = make_uint4(0, 0, 0, 0);
+          if (m * 8 + g < M && unit < end)
+            xs[m][u] = load_16(x + (size_t)(m * 8 + g) * K + unit * UNIT + u * 32 + t * 8);
+        }
+    };
+    wait_for_previous_grid();
+    let_next_grid_start();
+    read(begin + warp);
+    int stage = warp, phase = 0;
+    for (int unit = begin + warp; unit < end; unit += WARPS) {
+      u32 b[UNIT / 16][TILES][2];
+      float total[SPANS][TILES][4]; // the sums of x, which meet the zero points
+#pragma unroll
+      for (int j = 0; j < UNIT / 16; j++)
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+          const uint4 v = xs[m][j / 2];
+          const u32 first = j % 2 ? v.z : v.x, second = j % 2 ? v.w : v.y;
+          b[j][m][0] = t & 1 ? second : first;
+          b[j][m][1] = t & 1 ? first : second;
+          float* sum = total[j / (SPAN / 16)][m];
+          if (j % (SPAN / 16)) multiply_add(sum, ones, b[j][m][0], b[j][m][1]);
+          else multiply(sum, ones, b[j][m][0], b[j][m][1], 0, 0);
+        }
+      read(unit + WARPS);
+      const u32 codes = ring + stage * STAGE + mine;
+      const uint2* pairs = (const uint2*)(shared + BARRIERS + stage * STAGE + CODE_BYTES) + g;
+      barrier_wait(full + stage * 8, phase);
+#pragma unroll
+      for (int p = 0; p < PANELS; p++)
+#pragma unroll
+        for (int s = 0; s < SPANS; s++) {
+          float acc[4][TILES][4];
+#pragma unroll
+          for (int j = s * (SPAN / 16); j < (s + 1) * (SPAN / 16); j++) {
+            u32 v[4];
+            load_matrices_transposed(v, codes + p * UNIT * 32 + j / 2 * 1024 + j % 2 * 128);
+#pragma unroll
+            for (int i = 0; i < 4; i++) { // channels 16 (i / 2) + 2 g + i % 2, and 32 above
+              const u32* w = v + i / 2 * 2;
+              const int shift = i % 2 * 8;
+              const u32 a[4] = {from_int4_offset(w[0] >> shift), from_int4_offset(w[0] >> (shift + 4)),
+                                from_int4_offset(w[1] >> shift), from_int4_offset(w[1] >> (shift + 4))};
+#pragma unroll
+              for (int m = 0; m < TILES; m++) {
+                const float* sum = total[s][m];
+                if (j > s * (SPAN / 16)) multiply_add(acc[i][m], a, b[j][m][0], b[j][m][1]);
+                else multiply(acc[i][m], a, b[j][m][0], b[j][m][1], -OFFSET * sum[0], -OFFSET * sum[1]);
+              }
+            }
+          }
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const uint2* at = pairs + (s * CHANNELS + p * 64 + h * 16) / 2;
+            const uint2 low = at[0], high = at[16];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+              const float2 l = to_floats(i ? low.y : low.x), u = to_floats(i ? high.y : high.x);
+#pragma unroll
+              for (int m = 0; m < TILES; m++)
+#pragma unroll
+                for (int e = 0; e < 4; e += 1 + ONE) {
+                  float& sum = out[p][h * 2 + i][m][e];
+                  sum = fmaf(total[s][m][e], e < 2 ? l.y : u.y, sum);
+                  sum = fmaf(acc[h * 2 + i][m][e], e < 2 ? l.x : u.x, sum);
+                }
+            }
+          }
+        }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empty + stage * 8);
+      if ((stage += WARPS) >= RINGS) stage -= RINGS, phase ^= 1;
+    }
+  }
+  __syncthreads();
+  if (warp < WARPS)
+#pragma unroll
+    for (int p = 0; p < PANELS; p++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+          const int channel = p * 64 + i / 2 * 16 + 2 * g + i % 2;
+          keep<CHANNELS>(out[p][i][m], m, channel, channel + 32, M);
+        }
+  finish<CHANNELS>(nullptr, bias, y, M, N, panel * 64);
+}
+#endif
+
+#ifdef ROWS
+#define STAGE (ROWS * 16 * UNIT) // bytes
+
+// x [M, K], q [N, K] int8, scale [N], bias [N] or null -> y [M, N]; K % 16 = 0
+extern "C" __global__ void __launch_bounds__(THREADS)
+int8_small(const u16* x, const __grid_constant__ Matrix q, const u16* __restrict__ scale, const u16* __restrict__ bias,
+           u16* y, int M, int N, int K) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int blocks = cluster_size(), rank = blockIdx.x % blocks, channel = blockIdx.x / blocks * ROWS * 16;
+  const int units = (K + UNIT - 1) / UNIT, begin = units * rank / blocks, end = units * (rank + 1) / blocks;
+  const u32 full = shared_address(shared), empty = full + RINGS * 8, ring = full + BARRIERS;
+  make_barriers(full, empty);
+  float out[ROWS][TILES][4] = {};
+
+  if (warp == WARPS) {
+    const u64 policy = read_once();
+    produce(begin, end, full, empty, [&](int unit, int stage, u32 barrier) {
+      barrier_expect(barrier, STAGE);
+      copy_box(ring + stage * STAGE, q, unit * UNIT, channel, barrier, policy);
+    });
+  } else {
+    const u32 mine = (lane % 8 + lane / 8 % 2 * 8) * UNIT; // rows 0-7, 8-15, both 16 k further
+    uint2 xs[TILES][UNIT / 16];                           // beyond K zeros, as the codes there
+    auto read = [&](int unit) {
+#pragma unroll
+      for (int m = 0; m < TILES; m++)
+#pragma unroll
+        for (int i = 0; i < UNIT / 16; i++) {
+          const int k = unit * UNIT + i * 16;
+          xs[m][i] = make_uint2(0, 0);
+          if (m * 8 + g < M && k < K) xs[m][i] = load_8(x + (size_t)(m * 8 + g) * K + k + t * 4);
+        }
+    };
+    wait_for_previous_grid();
+    let_next_grid_start();
+    read(begin + warp);
+    int stage = warp, phase = 0;
+    for (int unit = begin + warp; unit < end; unit += WARPS) {
+      u32 b[UNIT / 16][TILES][2]; // the pairs (k, k + 2), (k + 1, k + 3), as bytes come apart
+#pragma unroll
+      for (int j = 0; j < UNIT / 16; j++)
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+          b[j][m][0] = permute(xs[m][j].x, xs[m][j].y, 0x5410);
+          b[j][m][1] = permute(xs[m][j].x, xs[m][j].y, 0x7632);
+        }
+      read(unit + WARPS);
+      const u32 codes = ring + stage * STAGE + mine;
+      barrier_wait(full + stage * 8, phase);
+#pragma unroll
+      for (int j = 0; j < UNIT / 16; j += 2)
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+          u32 v[4];
+          load_matrices(v, codes + r * 16 * UNIT + ((j + lane / 16) ^ lane % 8) * 16);
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            const u32 low = v[half * 2], high = v[half * 2 + 1];
+            const u32 a[4] = {from_int8(low), from_int8(high), from_int8(low >> 8), from_int8(high >> 8)};
+#pragma unroll
+            for (int m = 0; m < TILES; m++) multiply_add(out[r][m], a, b[j + half][m][0], b[j + half][m][1]);
+          }
+        }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empty + stage * 8);
+      if ((stage += WARPS) >= RINGS) stage -= RINGS, phase ^= 1;
+    }
+  }
+  __syncthreads();
+  if (warp < WARPS)
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+#pragma unroll
+      for (int m = 0; m < TILES; m++) keep<ROWS * 16>(out[r][m], m, r * 16 + g, r * 16 + g + 8, M);
+  finish<ROWS * 16>(scale, bias, y, M, N, channel);
+}
+#endif

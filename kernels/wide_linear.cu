@@ -1,0 +1,234 @@
+// y = x @ W.T + bias on packed weights, for tokens enough to fill wgmma: the time is that of the tensor cores.
+//
+// One thread brings x and the weight to shared memory, by copies of boxes and of rows. Each consumer warpgroup turns the codes of its 64 channels into a half precision left operand in
+// registers, a step of 16 k ahead of the tensor cores, which take x from shared memory. The blocks of a cluster share
+// K and add up their sums in a fixed order.
+//
+// Defines: HALF, TOKENS (of a block: 16, 32, 64, 128 or 256), GROUPS (consumer warpgroups), TALL (of 64 channels that each
+// computes: 1 or 2), STAGES (of 64 k), PRODUCERS (threads, of which one copies), and for int4 GROUP. Where two warpgroups
+// have more sums than they have registers, PRODUCERS is 128: only whole warpgroups give registers away.
+// Boxes, of a step of 64 k: of x TOKENS rows, swizzled by 128 bytes; of int8's q the block's channels, swizzled by 64
+// bytes; of int4's q the block's panels, of its scales the block's channels, as they are.
+// Grid: as many blocks for each 64 GROUPS TALL channels as a cluster has, along x; TOKENS along y. A cluster has at most as
+// many blocks as there are steps of 64 k.
+
+#include "ptx.cuh"
+
+extern __shared__ __align__(1024) u8 shared[];
+
+#define CHANNELS (64 * GROUPS * TALL)
+#define CONSUMERS (128 * GROUPS) // threads
+#define X_BYTES (TOKENS * 128)   // of a stage: 64 k of each token, in the 128-byte swizzle of wgmma
+#define WIDTH (TOKENS < 128 ? TOKENS : 128) // tokens of one wgmma
+#define PITCH (CHANNELS + 8)     // floats between tokens of the sums in shared memory
+
+// Where the channels and the tokens of a thread's sums lie: d[4 i + 2 h + j] of the warpgroup's tile
+// [64, 8 i ...] is row g + 8 h of its warp, token 8 i + 2 t + j.
+
+// wgmma -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void operands_ready() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+// Of an operand whose rows are 128 bytes of k, swizzled, 8 rows every 1024 bytes
+__device__ __forceinline__ u64 descriptor(u32 address) {
+  return (u64)(address >> 4 & 0x3FFF) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+}
+
+#define F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
+#define N8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define N16 N8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define N32 N16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define N64 N32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
+                ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define PRODUCT(width, sums, a0, a1, a2, a3, b, when, ...)                                                         \
+  asm volatile("{ .reg .pred add; setp.ne.b32 add, " when ", 0;\n"                                                  \
+               "wgmma.mma_async.sync.aligned.m64n" width "k16.f32." HALF_TYPE "." HALF_TYPE " {" sums "},{" a0 "," a1 \
+               "," a2 "," a3 "}," b ", add, 1, 1, 0; }"                                                            \
+               : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(add))
+
+// d [64, WIDTH] fp32 = a [64, 16] · x [16, WIDTH], added to d if `add`
+__device__ __forceinline__ void product(float* d, const u32* a, u64 x, int add) {
+#if TOKENS == 16
+  PRODUCT("16", N8, "%8", "%9", "%10", "%11", "%12", "%13", F4(0), F4(4));
+#elif TOKENS == 32
+  PRODUCT("32", N16, "%16", "%17", "%18", "%19", "%20", "%21", F16(0));
+#elif TOKENS == 64
+  PRODUCT("64", N32, "%32", "%33", "%34", "%35", "%36", "%37", F16(0), F16(16));
+#else
+  PRODUCT("128", N64, "%64", "%65", "%66", "%67", "%68", "%69", F16(0), F16(16), F16(32), F16(48));
+#endif
+}
+
+// The weights --------------------------------------------------------------------------------------------------
+
+#ifdef GROUP
+#define KERNEL int4_wide
+#define SPANS (GROUP < 64 ? 64 / GROUP : 1) // scales along a stage
+#define CODE_BYTES (CHANNELS * 32)
+#define SCALE_BYTES (CHANNELS * SPANS * 4)
+#else
+#define KERNEL int8_wide
+#define CODE_BYTES (CHANNELS * 64)
+#define SCALE_BYTES 0
+#endif
+#define BARRIERS 1024 // bytes, ahead of the ring and the sums
+#define STAGE_BYTES ((X_BYTES + CODE_BYTES + SCALE_BYTES + 1023) / 1024 * 1024)
+
+#ifdef GROUP
+#define SCALES const __grid_constant__ Matrix
+#else
+#define SCALES const u16* __restrict__
+#endif
+
+// q and scales as small_linear.cu has them; x [M, K], bias [N] or null -> y [M, N]; K % 64 = 0, N % 8 = 0
+extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1)
+KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALES scales, const u16* __restrict__ bias,
+       u16* y, int M, int N, int K) {
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32 % 4, g = lane / 4, t = lane % 4;
+  const int blocks = cluster_size(), rank = blockIdx.x % blocks;
+  const int channel = blockIdx.x / blocks * CHANNELS, token = blockIdx.y * TOKENS;
+  const int steps = K / 64, begin = steps * rank / blocks, end = steps * (rank + 1) / blocks;
+  const u32 full = shared_address(shared), empty = full + STAGES * 8, ring = full + BARRIERS;
+  if (thread == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      barrier_init(full + s * 8, 1);
+      barrier_init(empty + s * 8, GROUPS * 4);
+    }
+    barriers_ready();
+  }
+  __syncthreads();
+  float* sums = (float*)(shared + BARRIERS); // [TOKENS][PITCH], once all steps are done
+
+  if (thread >= CONSUMERS) { // -------------------------------------------------------------------------- producers
+#if PRODUCERS == 128
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+#endif
+    const u64 policy = read_once();
+    auto fetch_weight = [&](int step, int stage) {
+      const u32 to = ring + stage * STAGE_BYTES + X_BYTES, barrier = full + stage * 8;
+      barrier_expect(barrier, X_BYTES + CODE_BYTES + SCALE_BYTES);
+#ifdef GROUP
+      copy_box(to, q, step * 256, channel / 64, barrier, policy);
+      copy_box(to + CODE_BYTES, scales, channel, step * 64 / GROUP, barrier, policy);
+#else
+      copy_box(to, q, step * 64, channel, barrier, policy);
+#endif
+    };
+    if (thread == CONSUMERS) {
+      for (int s = 0; s < STAGES && begin + s < end; s++) fetch_weight(begin + s, s);
+      wait_for_previous_grid();
+      let_next_grid_start();
+      int stage = 0, phase = 1;
+      for (int step = begin; step < end; step++) {
+        barrier_wait(empty + stage * 8, phase);
+        if (step >= begin + STAGES) fetch_weight(step, stage);
+        copy_box(ring + stage * STAGE_BYTES, x, step * 64, token, full + stage * 8);
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+      }
+    }
+  } else { // ------------------------------------------------------------------------------------------- consumers
+#if PRODUCERS == 128
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+#endif
+    const int group = thread / 128;
+#ifdef GROUP // a warp has 16 (TALL = 1) or 32 channels of one half of a panel: 2 g + r of it, and 32 above
+    const int panel = TALL == 1 ? group : group * 2 + warp / 2;
+    const int low = panel * 64 + (TALL == 1 ? warp / 2 * 16 + warp % 2 : warp % 2 * 16) + 2 * g, high = low + 32, next = 1;
+    const int shift = TALL == 1 ? warp % 2 * 8 : 0;
+    const u32 mine = X_BYTES + panel * 2048 + lane * 32 + (TALL == 1 ? warp / 2 : warp % 2) * 16; // a row of a matrix
+#else
+    const int low = group * 64 * TALL + warp * 16 + g, high = low + 8, next = 64;
+#endif
+    float d[TALL][TOKENS / WIDTH][WIDTH / 2];
+    u32 a[2][TALL][4];
+    int stage = 0, phase = 0, before = -1;
+    for (int step = begin; step < end; step++) {
+      const u32 base = ring + stage * STAGE_BYTES;
+      const u64 xs = descriptor(base);
+      const u8* codes = shared + BARRIERS + stage * STAGE_BYTES + X_BYTES;
+      barrier_wait(full + stage * 8, phase);
+#ifdef GROUP
+      const u32* pairs = (const u32*)(codes + CODE_BYTES) + low;
+      u32 v[4], scale[TALL][2], zero[TALL][2];
+#endif
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+#ifdef GROUP
+        if (j % 2 == 0) load_matrices_transposed(v, base + mine + j / 2 * 1024);
+        if (j % (4 / SPANS) == 0)
+#pragma unroll
+          for (int i = 0; i < 2 * TALL; i++) {
+            const u32 pair = pairs[j / (4 / SPANS) * CHANNELS + i / 2 + i % 2 * 32];
+            scale[i / 2][i % 2] = permute(pair, 0, 0x1010), zero[i / 2][i % 2] = permute(pair, 0, 0x3232);
+          }
+#pragma unroll
+        for (int r = 0; r < TALL; r++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) { // rows g, g + 8 and, 8 k further, again
+            const u32 code = v[j % 2 * 2 + i / 2] >> (TALL == 1 ? shift : r * 8) >> i % 2 * 4;
+            a[j % 2][r][i] = multiply_add2(from_int4(code), scale[r][i % 2], zero[r][i % 2]);
+          }
+#else
+#pragma unroll
+        for (int r = 0; r < TALL; r++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const u8* at = codes + (low + r * 64 + i % 2 * 8) * 64 + (j ^ g / 2) * 16 + i / 2 * 8 + t * 2;
+            a[j % 2][r][i] = from_int8(permute(*(const u16*)at, 0, 0x7170));
+          }
+#endif
+        operands_ready();
+#pragma unroll
+        for (int r = 0; r < TALL; r++)
+#pragma unroll
+          for (int i = 0; i < TOKENS / WIDTH; i++)
+            product(d[r][i], a[j % 2][r], xs + j * 2 + i * (WIDTH * 8), step > begin || j);
+        products_commit();
+        products_wait<1>(); // the step before, whose operand comes next
+        if (j == 0 && before >= 0 && lane == 0) barrier_arrive(empty + before * 8);
+      }
+      before = stage;
+      if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+    products_wait<0>();
+    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+#pragma unroll
+    for (int r = 0; r < TALL; r++)
+#pragma unroll
+      for (int i = 0; i < TOKENS / WIDTH; i++)
+#pragma unroll
+        for (int j = 0; j < WIDTH / 2; j++)
+          sums[(i * WIDTH + j / 4 * 8 + 2 * t + j % 2) * PITCH + (j & 2 ? high : low) + r * next] = d[r][i][j];
+  }
+  if (blocks == 1) __syncthreads();
+  else cluster_sync();
+  const int rows = min(TOKENS, M - token), threads = CONSUMERS + PRODUCERS;
+  for (int i = rank * threads + thread; i < rows * (CHANNELS / 8); i += blocks * threads) {
+    const int row = i / (CHANNELS / 8), column = i % (CHANNELS / 8) * 8, n = channel + column;
+    if (n >= N) continue;
+    u16 out[8];
+#pragma unroll
+    for (int half = 0; half < 8; half += 4) {
+      float* at = sums + row * PITCH + column + half;
+      const float4 sum = blocks == 1 ? *(float4*)at : cluster_sum(shared_address(at), blocks);
+      const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        float value = values[j];
+#ifndef GROUP
+        value *= to_float(scales[n + half + j]);
+#endif
+        if (bias) value += to_float(bias[n + half + j]);
+        out[half + j] = to_half(value);
+      }
+    }
+    *(uint4*)(y + (size_t)(token + row) * N + n) =
+        make_uint4(out[0] | out[1] << 16, out[2] | out[3] << 16, out[4] | out[5] << 16, out[6] | out[7] << 16);
+  }
+  if (blocks > 1) cluster_sync(); // the others may still read this block's sums
+}
