@@ -28,6 +28,9 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
       "@!done bra again; }" ::"r"(barrier), "r"(phase) : "memory");
 }
 
+// What this thread has read from shared memory is there before a copy, started behind a later barrier, overwrites it.
+__device__ __forceinline__ void reads_before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // What is read once leaves the L2 first.
 __device__ __forceinline__ u64 read_once() {
   u64 policy;

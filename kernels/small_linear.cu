@@ -200,6 +200,7 @@ int4_small(const u16* x, const u8* __restrict__ q, const __grid_constant__ Matri
             }
           }
         }
+      reads_before_copies();
       __syncwarp();
       if (lane == 0) barrier_arrive(empty + stage * 8);
       if ((stage += WARPS) >= RINGS) stage -= RINGS, phase ^= 1;
@@ -283,6 +284,7 @@ int8_small(const u16* x, const __grid_constant__ Matrix q, const u16* __restrict
             for (int m = 0; m < TILES; m++) multiply_add(out[r][m], a, b[j + half][m][0], b[j + half][m][1]);
           }
         }
+      reads_before_copies();
       __syncwarp();
       if (lane == 0) barrier_arrive(empty + stage * 8);
       if ((stage += WARPS) >= RINGS) stage -= RINGS, phase ^= 1;
