@@ -1,12 +1,13 @@
 """Linear layers on packed weights for CUDA, in CUDA C++: which kernel runs, of which sizes, for which shape.
 
 `small_linear.cu` reads the weight as fast as memory gives it, for few tokens; `wide_linear.cu` feeds the tensor cores,
-for more. What is best for a shape was measured: `tuned/sm_90.json` has the plans of some shapes for each number of
-tokens (the upper ends of TOKENS), and other shapes take those of the nearest. `aograph tune` measures more, for a
-model's own shapes, and keeps them in the cache folder; what is there comes first. Nothing is measured at run time.
+for more. What is best for a shape is measured: `aograph tune` finds the plans of some shapes for each number of
+tokens (the upper ends of TOKENS) and keeps them in the cache folder; other shapes take those of the nearest.
+`tuned/sm_90.json` is for plans that come with the package. Nothing is measured at run time.
 """
 
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from math import log
@@ -85,9 +86,10 @@ def supports(case: Case, bits: int) -> bool | str:
     )
     if here is True:
         here = cuda.available(case.capability)
-    if here is True and plan(bits, case.M, case.N, case.K, case.group_size) is None:
-        here = "dequantizing was faster for so many tokens"
-    return here
+    if here is not True:
+        return here
+    chosen = plan(bits, case.M, case.N, case.K, case.group_size)
+    return chosen if isinstance(chosen, str) else True
 
 
 def linear(x: Tensor, q: Tensor, scales: Tensor, bias: Tensor | None, N: int, group_size: int | None) -> Tensor:
@@ -98,8 +100,8 @@ def linear(x: Tensor, q: Tensor, scales: Tensor, bias: Tensor | None, N: int, gr
     M, K = x.shape
     bits = 8 if group_size is None else 4
     chosen = plan(bits, M, N, K, group_size)
-    if chosen is None:
-        raise ValueError(f"no CUDA kernel is meant for x [{M}, {K}] and int{bits} weights [{N}, {K}]")
+    if isinstance(chosen, str):
+        raise ValueError(f"int{bits} weights [{N}, {K}] under x [{M}, {K}]: {chosen}")
     return run(chosen, x, q, scales, bias, N, group_size)
 
 
@@ -143,14 +145,15 @@ def _kernel(plan: Plan, bits: int, group_size: int | None, dtype: torch.dtype, d
 
 
 @lru_cache(maxsize=4096)
-def plan(bits: int, M: int, N: int, K: int, group_size: int | None) -> Plan | None:
-    """The plan for M tokens: that of the nearest shape that was measured; None where dequantizing is faster."""
+def plan(bits: int, M: int, N: int, K: int, group_size: int | None) -> Plan | str:
+    """The plan for M tokens: that of the nearest shape that was measured. Or the reason why there is none."""
     bucket = next(i for i, most in enumerate(TOKENS) if most >= M)
     measured = [(shape, plans[bucket]) for shape, plans in table(bits).items()]
     fitting = [(shape, p) for shape, p in measured if p is None or p.fits(N, K, bits, group_size)]
     if not fitting:
-        return None
-    return min(fitting, key=lambda each: abs(log(each[0][0] / N)) + abs(log(each[0][1] / K)))[1]
+        return "no plan that fits was measured: `aograph tune` does that"
+    nearest = min(fitting, key=lambda each: abs(log(each[0][0] / N)) + abs(log(each[0][1] / K)))[1]
+    return nearest or "dequantizing was faster for so many tokens"
 
 
 @cache
@@ -159,7 +162,10 @@ def table(bits: int) -> dict[tuple[int, int], list[Plan | None]]:
     plans: dict[tuple[int, int], list[Plan | None]] = {}
     for path in (shipped(), tuned()):
         if path.exists():
-            plans |= read(path).get(bits, {})
+            try:
+                plans |= read(path).get(bits, {})
+            except (ValueError, KeyError, TypeError) as error:  # never a reason to stop
+                warnings.warn(f"{path} is no file of plans and is ignored: {error}; delete it", stacklevel=2)
     return plans
 
 
