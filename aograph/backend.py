@@ -26,8 +26,8 @@ from torch._dynamo.exc import ShortenTraceback
 from torch.fx import GraphModule, Node
 
 from . import pipeline
-from .capture import DynamoGraph, from_dynamo
 from .cost import roofline
+from .dynamo import DynamoGraph, from_dynamo
 from .errors import AographError, InputError, RecipeError
 from .frozen import Frozen
 from .kernels.op import OPS

@@ -1,58 +1,15 @@
 import pytest
 import torch
-from aograph.passes import Stage
 from torch import nn
 from torch.torch_version import TorchVersion as Version
 
 from aograph import CaptureError, InputError
-from aograph.capture import Capture, capture, flatten, from_dynamo, names_of, no_fast_paths, on_meta, retarget
+from aograph.capture import Capture, capture, flatten, names_of, on_meta, retarget
 from aograph.verify import verify
-from tests.models.zoo import build
-from tests.programs import apply, find, operators, outputs, program_of, up_to
+from tests.programs import find, operators, outputs, program_of
 from tests.small_models import MLP, Branching, Counting, Tied
 
 X = torch.randn(3, 64)
-
-
-# --- both doors --------------------------------------------------------------------------------------------
-
-
-def through_dynamo(model, inputs):
-    """The program of the graph that torch.compile hands to a backend."""
-    seen = []
-
-    def backend(graph_module, example_inputs):
-        seen.append(from_dynamo(graph_module, example_inputs).program)
-        return graph_module.forward
-
-    with torch.no_grad(), no_fast_paths():
-        torch.compile(model, backend=backend, dynamic=False, fullgraph=True)(**inputs)
-    (program,) = seen
-    return program
-
-
-def static(model, inputs):
-    return capture(model, (), inputs, dict.fromkeys(inputs)).program
-
-
-@pytest.mark.parametrize("name", ["mlp", "llama", "bert", "transformer_encoder", "convnet", "mixture", "functional"])
-def test_both_doors_give_the_same_graph(name, fresh_compiler):
-    model, inputs = (MLP().eval(), {"x": X}) if name == "mlp" else build(name)
-    exported, compiled = static(model, inputs), through_dynamo(model, inputs)
-    for program in (exported, compiled):
-        apply(program, *up_to(Stage.NORMALIZE))
-    assert exported.canonical() == compiled.canonical()
-    assert exported.constants.keys() == compiled.constants.keys()
-    for key, tensor in exported.constants.items():
-        assert compiled.constants[key].data_ptr() == tensor.data_ptr(), key
-
-
-def test_dynamo_finds_the_same_sites(fresh_compiler):
-    rows = []
-    for program in (static(MLP().eval(), {"x": X}), through_dynamo(MLP().eval(), {"x": X})):
-        apply(program, *up_to(Stage.CLEANUP))
-        rows.append([row.as_dict() for row in program.rows])
-    assert rows[0] == rows[1]
 
 
 # --- what a program is -------------------------------------------------------------------------------------
