@@ -26,14 +26,15 @@ def in_parts(
 ) -> Callable:
     """`model` behind `torch.compile(backend="aograph")`, for what cannot be captured whole.
 
-    report: says why and what it costs, and collects the rows of the graphs. hand_over: release originals as they are
-    packed, where torch can guard freed memory.
+    report: says why and what it costs, and collects the rows and notes of the graphs. hand_over: release originals as
+    they are packed, where torch can guard freed memory.
     """
     graphs = 0
 
     def collect(part: Report) -> None:
         nonlocal graphs
         graphs += 1
+        notes.extend(note for note in part.notes if note not in notes)
         rows = {(row.name, row.operator): row for row in [*report.rows, *part.rows]}
         report.rows = list(rows.values())
         report.bytes_before, report.bytes_after = (

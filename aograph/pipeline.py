@@ -7,11 +7,15 @@ import logging
 import os
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch.fx import Node
 
 from . import reproducer
 from .errors import AographError, PassError
+from .kernels import cuda
+from .kernels.op import OPS, Case, Op
 from .passes import PASSES, Pass
 from .program import Program, nbytes
 from .recipe import Recipe
@@ -99,7 +103,33 @@ def run(
                 row.close(SKIPPED, f"no pass carried out {site.scheme}: the one for it is disabled")
     report.rows = program.rows
     report.bytes_after = sum(nbytes(node.meta["val"]) for node in program.weights.values())
+    report.notes += missing_kernels(program)
     return report
+
+
+def packed_linears(program: Program) -> list[tuple[Op, Case]]:
+    """The linears that run on packed weights: the op of each, and the case that it is for one token."""
+    ops = {op.overload: op for op in OPS.values()}
+    found = []
+    for node in program.graph.nodes:
+        if op := ops.get(node.target):
+            values = (each.meta["val"] if isinstance(each, Node) else each for each in node.args)
+            found.append((op, replace(op.case_of(*values), M=1)))
+    return found
+
+
+def missing_kernels(program: Program) -> list[str]:
+    """Notes for the report where nothing but this machine keeps linears from the CUDA C++ kernels."""
+    reasons = []
+    for op, case in packed_linears(program):
+        missing = cuda.available(case.capability) if case.device == "cuda" else True
+        if missing is not True and any(each.name == "cuda" and each.supports(case) == missing for each in op):
+            reasons.append(missing)
+    return [
+        f"the CUDA C++ kernels cannot run here, slower ones take their place: {reason}; what they need comes with "
+        "torch's CUDA builds, and `aograph env` says what is found"
+        for reason in dict.fromkeys(reasons)
+    ]
 
 
 def failed(each: Pass, error: Exception, original: str, recipe: Recipe, disable: Collection[str]) -> PassError:

@@ -2,23 +2,48 @@
 
 Every candidate is first checked against a product with the dequantized weight, then timed in a CUDA graph that reads
 another copy of the weight with each call, so that none is in the L2. The least time wins; a kernel that is wrong is an
-error, not a slow one.
+error, not a slow one. The GPU is torch's current one.
 """
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import cuda, cuda_linear, int4_linear, int8_linear
-from .cuda_linear import STEP, TOKENS, Plan
+from .cuda_linear import ARCHITECTURES, STEP, TOKENS, UNIT, Plan
+from .op import OPS, capability, need
 
 MEASURED = (1, 4, 16, 32, 64, 128, 256, 512, 2048)  # tokens, for each of TOKENS
 TOLERANCE = 1e-2  # of the error in the norm, in bf16
+
+
+def available(device: torch.device) -> bool | str:
+    """True where plans can be measured, else why not."""
+    count = torch.cuda.device_count()
+    here = need(
+        (device.type == "cuda", "the kernels run on CUDA only"),
+        (torch.cuda.is_available(), "torch sees no CUDA GPU here"),
+        ((device.index or 0) < count, f"torch sees {count} CUDA GPUs here, counted from 0"),
+    )
+    if here is not True:
+        return here
+    found = capability(device)
+    return cuda.available(found) if found in ARCHITECTURES else "the kernels are written for compute capability 9.0"
+
+
+def takes(bits: int, N: int, K: int, group_size: int | None) -> bool | str:
+    """True where the kernels take a weight [N, K] of so many bits, else why not. group_size: None for int8."""
+    return need(
+        (K % UNIT == 0, f"K is not a multiple of {UNIT}"),
+        (N % 8 == 0, "N is not a multiple of 8"),
+        (bits == 8 or K % (group_size or 1) == 0, f"K is not a multiple of the group size {group_size}"),
+    )
 
 
 def candidates(bits: int, tokens: int) -> Iterator[Plan]:
@@ -36,13 +61,22 @@ def candidates(bits: int, tokens: int) -> Iterator[Plan]:
 
 
 def fastest(
-    bits: int, N: int, K: int, group_size: int | None, tokens: Sequence[int] = MEASURED, each: Callable = print
+    bits: int,
+    N: int,
+    K: int,
+    group_size: int | None,
+    tokens: Sequence[int] = MEASURED,
+    each: Callable = print,
+    device: str = "cuda",
 ) -> list[Plan | None]:
     """The plan for each of TOKENS, measured at `tokens`; None where dequantizing is faster.
 
-    each: told (M, µs, error, plan) of all that is measured, of dequantizing (None) too.
+    each: told (M, µs, error, plan) of all that is measured, of dequantizing (None) too. device: where the tensors are.
+
+    Raises:
+        RuntimeError: a kernel is wrong, or does not compile or run; the message names the plan where it is wrong.
     """
-    weight = torch.randn(N, K, device="cuda", dtype=torch.bfloat16) / K**0.5
+    weight = torch.randn(N, K, device=device, dtype=torch.bfloat16) / K**0.5
     if bits == 4:
         op, packed = int4_linear.int4_linear, int4_linear.pack(weight, group_size)
         dense, layout = int4_linear.unpack(*packed, group_size, N), (group_size, N)
@@ -53,7 +87,7 @@ def fastest(
     copies = [packed, *(tuple(part.clone() for part in packed) for _ in range(cold(packed) - 1))]
     chosen: list[Plan | None] = []
     for M, most in zip(tokens, TOKENS, strict=True):
-        x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
         expected = (x @ dense.T).float()
         ways: list[tuple[Plan | None, Callable]] = [
             (None, lambda q, s, x=x: op.run(x, q, s, *layout, None, implementation="dequantize"))
@@ -95,6 +129,25 @@ def compile_all(plans: Sequence[Plan], bits: int, group_size: int | None) -> Non
             for each, kernel in defines.items()
         ]:
             done.result()
+
+
+def keep(path: Path, bits: int, shape: tuple[int, int], plans: list[Plan | None], about: dict[str, str]) -> None:
+    """Adds the plans of a shape (N, K) to a file, in place of older ones; calls in this process go by them at once.
+
+    about: where and when they were measured. Raises OSError, and what `cuda_linear.read` does of a file that is none.
+    """
+    kept = cuda_linear.read(path) if path.exists() else {}
+    cuda_linear.write(path, kept | {bits: kept.get(bits, {}) | {shape: plans}}, about)
+    for choice in (cuda_linear.table, cuda_linear.plan, *(op.choose for op in OPS.values())):
+        choice.cache_clear()
+
+
+def words(plan: Plan | None) -> str:
+    """A plan for a reader: "small, 64 channels × 8 tokens, 2 blocks share K"."""
+    if plan is None:
+        return "dequantize"
+    size = f"{plan.kernel}, {plan.channels} channels × {plan.tokens} token{'s' * (plan.tokens > 1)}"
+    return f"{size}, {plan.blocks} blocks share K" if plan.blocks > 1 else size
 
 
 def cold(tensors: Sequence[Tensor]) -> int:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import subprocess
 import sys
@@ -5,7 +6,8 @@ import warnings
 
 import pytest
 import torch
-from aograph.kernels import cuda
+from aograph.kernels import cuda, cuda_linear, tuning
+from aograph.kernels.cuda_linear import TOKENS, Plan
 from safetensors.torch import load_file
 
 import aograph
@@ -20,6 +22,21 @@ def factory():
     """(model, example inputs), as the command line takes them."""
     torch.manual_seed(0)
     return MLP().eval(), torch.randn(3, 64)
+
+
+def siblings():
+    """What one linear is after merging, and one that the CUDA kernels do not take."""
+    return Siblings().eval(), torch.randn(3, 128)
+
+
+class Siblings(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = torch.nn.Linear(128, 64), torch.nn.Linear(128, 192)
+        self.last = torch.nn.Linear(64, 40)
+
+    def forward(self, x):
+        return self.last(self.left(x) * self.right(x)[:, 128:])
 
 
 def without_inputs():
@@ -147,3 +164,96 @@ def test_a_hugging_face_folder(capsys):
     assert main(["explain", str(MINI), "--recipe", "int8wo", "--device", "cpu", "--json", "--tokens", "5"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert len(rows) == 43 and {row["outcome"] for row in rows} == {"rewritten"}
+
+
+# --- tune ----------------------------------------------------------------------------------------------------------
+
+
+SMALL = Plan("small", 2, 2, 64, 8, 4)
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """What was measured, on a GPU that is not there: a plan is faster than dequantizing for few tokens only."""
+    calls = []
+
+    def fastest(bits, N, K, group_size, each):
+        calls.append((bits, N, K, group_size))
+        if N == 1000:
+            raise RuntimeError(f"{SMALL} is wrong by 1.0e+00")
+        for M in tuning.MEASURED:
+            each(M, 20.0 + M, 1e-3, None)
+            each(M, 10.0 + 2 * M, 1e-3, SMALL)
+        return [SMALL if 10 + 2 * M < 20 + M else None for M in tuning.MEASURED]
+
+    monkeypatch.setenv("AOGRAPH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "available", lambda device: True)
+    monkeypatch.setattr(tuning, "fastest", fastest)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    yield calls
+    monkeypatch.undo()
+    for cached in (cuda_linear.table, cuda_linear.plan):
+        cached.cache_clear()
+
+
+def test_tune_shapes(capsys, measured):
+    assert isinstance(cuda_linear.plan(4, 1, 6144, 4096, 128), str)
+    assert main(["tune", "--shapes", "6144x4096", "512x1024", "--bits", "4", "--group-size", "128"]) == 0
+    assert measured == [(4, 6144, 4096, 128), (4, 512, 1024, 128)]
+    printed = capsys.readouterr().out
+    row = ["6144x4096", "4", "1", "small, 64 channels × 8 tokens, 2 blocks share K", "12.0", "21.0"]
+    assert " ".join(row) in " ".join(printed.split()) and "dequantize" in printed
+    assert f"wrote {cuda_linear.tuned()}" in printed
+    assert cuda_linear.plan(4, 1, 6144, 4096, 128) == SMALL  # in this process
+    assert json.loads(cuda_linear.tuned().read_text())["about"]["gpu"] == "a GPU"
+
+
+def test_tune_keeps_what_is_there(tmp_path, measured):
+    file, old = tmp_path / "plans.json", [None] * len(TOKENS)
+    cuda_linear.write(file, {4: {(64, 128): old, (512, 1024): old}, 8: {(64, 128): old}}, {})
+    assert main(["tune", "--shapes", "512x1024", "--bits", "4", "--output", str(file)]) == 0
+    plans = cuda_linear.read(file)
+    assert plans[4].keys() == {(64, 128), (512, 1024)} and plans[8] == {(64, 128): old}
+    assert plans[4][64, 128] == old and plans[4][512, 1024][0] == SMALL
+    assert not cuda_linear.tuned().exists()
+
+
+def test_tune_the_merged_linears_of_a_model(capsys, measured):
+    assert main(["tune", f"{__name__}:siblings", "--shapes", "256x128"]) == 0
+    assert measured == [(4, 256, 128, 64), (8, 256, 128, None)]
+    warned = capsys.readouterr().err.splitlines()
+    assert warned == [f"warning: 40x64 in {bits} bits is not measured: K is not a multiple of 128" for bits in (4, 8)]
+
+
+def test_tune_goes_on_behind_a_kernel_that_is_wrong(capsys, measured):
+    assert main(["tune", "--shapes", "1000x1024", "512x1024", "--bits", "8"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"error: nothing is kept for 1000x1024 in 8 bits: {SMALL} is wrong by 1.0e+00\n"
+    assert "512x1024" in captured.out and cuda_linear.read(cuda_linear.tuned()).keys() == {8}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "there is no linear to measure"),
+        (["--shapes", "4096"], "'4096' is no shape"),
+        (["--shapes", "0x4096"], "'0x4096' is no shape"),
+        (["--shapes", "4096x4096", "4096x4000"], "4096x4000 in 4 bits: K is not a multiple of 128"),
+        (["--shapes", "4100x4096"], "4100x4096 in 4 bits: N is not a multiple of 8"),
+        (["--shapes", "4096x128", "--group-size", "256"], "K is not a multiple of the group size 256"),
+        (["--shapes", "512x1024", "--output", "/dev/null/plans.json"], "cannot be written"),
+        (["--shapes", "512x1024", "--output", __file__], "is no file of plans, and is left as it is"),
+        (["--shapes", "512x1024", "--device", "no_such_device"], "none that torch knows"),
+    ],
+)
+def test_what_cannot_be_tuned(arguments, message, capsys, measured):
+    assert main(["tune", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message in captured.err and "Traceback" not in captured.err
+    assert not measured
+
+
+def test_tune_needs_a_gpu_that_fits(capsys):
+    assert main(["tune", "--shapes", "512x1024", "--device", "cpu"]) == 1
+    assert "nothing can be measured on 'cpu': the kernels run on CUDA only" in capsys.readouterr().err

@@ -2,13 +2,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from aograph.kernels import cuda
 from aograph.passes import PASSES, Pass, Stage
+from torch import nn
 
-from aograph import PassError, Recipe, RecipeError, optimize, pipeline
+from aograph import PassError, Recipe, RecipeError, explain, optimize, pipeline
 from aograph.cli import main
 from aograph.pipeline import order, run
 from aograph.reproducer import load
@@ -196,3 +199,94 @@ def test_a_scheme_whose_pass_is_disabled_says_so():
     with pytest.warns(UserWarning, match="no pass carried out int8wo"):
         optimized = optimize(MLP(), "int8wo", torch.randn(3, 64), compile=False, disable=["int8_weight_only"])
     assert all(row.bytes_after == row.bytes_before for row in optimized.report.rows)
+
+
+# --- what this machine lacks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """Makes packed linears look as if on a GPU of some capability, where CUDA C++ kernels cannot run."""
+
+    def make(capability, reason="there is no compiler"):
+        def there(program):
+            return [(op, replace(case, device="cuda", capability=capability)) for op, case in packed_linears(program)]
+
+        packed_linears = pipeline.packed_linears
+        monkeypatch.setattr(pipeline, "packed_linears", there)
+        monkeypatch.setattr(cuda, "available", lambda capability=None: reason)
+
+    return make
+
+
+def wide(dtype=torch.bfloat16):
+    """Linears of shapes that the CUDA C++ kernels take, and an input."""
+    return nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 256)).to(dtype).eval(), torch.randn(3, 256, dtype=dtype)
+
+
+@pytest.mark.parametrize("recipe", ["int8wo", "int4wo", "int4wo + 0:int8wo"])
+def test_a_note_says_once_that_cuda_kernels_are_missing_and_why(recipe, on_cuda):
+    on_cuda((9, 0))
+    model, x = wide()
+    report = explain(model, recipe, x)
+    (note,) = report.notes
+    assert "CUDA C++ kernels cannot run here" in note and "there is no compiler" in note and "aograph env" in note
+    assert note in str(report) and report.as_dict()["notes"] == [note]
+
+
+def test_the_note_comes_through_the_other_door_and_in_parts(on_cuda, fresh_compiler):
+    on_cuda((9, 0))
+    (model, x), reports = wide(), []
+    options = {"recipe": "int8wo", "report": reports.append, "compile": False}
+    with torch.no_grad():
+        torch.compile(model, backend="aograph", options=options)(x)
+    assert "there is no compiler" in reports[0].notes[0]
+    with pytest.warns(UserWarning, match="runs in parts"):
+        parts = optimize(Stopping(), "int8wo", x, compile=False)
+    parts(x)
+    assert len(parts.report.rewritten) == 2
+    assert sum("there is no compiler" in note for note in parts.report.notes) == 1
+
+
+class Stopping(nn.Module):
+    """Two linears, each in a graph of its own."""
+
+    def __init__(self):
+        super().__init__()
+        (self.up, self.down), _ = wide()
+
+    def forward(self, x):
+        y = self.up(x)
+        if y.sum() == 0:
+            return y
+        return self.down(y)
+
+
+@pytest.mark.parametrize(
+    "capability, reason, made",
+    [
+        ((8, 0), "there is no compiler", {}),
+        ((9, 0), True, {}),
+        ((9, 0), "there is no compiler", {"dtype": torch.float32}),
+    ],
+    ids=["another GPU", "nothing is missing", "a dtype that they do not take"],
+)
+def test_no_note_where_the_kernels_would_not_run_anyway(capability, reason, made, on_cuda):
+    on_cuda(capability, reason)
+    model, x = wide(**made)
+    assert not explain(model, "int8wo", x).notes
+
+
+def test_no_note_for_what_is_not_rewritten_or_not_on_a_gpu(on_cuda, monkeypatch):
+    monkeypatch.setattr(cuda, "available", lambda capability=None: "there is no compiler")
+    model, x = wide()
+    assert not explain(model, "int8wo", x).notes
+    on_cuda((9, 0))
+    assert not explain(model, "int8wo + *:none", x).notes
+
+
+def test_packed_linears():
+    program = program_of(*wide())
+    run(program, Recipe.of("int4wo(group_size=32) + 1:int8wo"))
+    found = [(op.name, case.M, case.N, case.K, case.group_size) for op, case in pipeline.packed_linears(program)]
+    assert found == [("int4_linear", 1, 512, 256, 32), ("int8_linear", 1, 256, 512, None)]
