@@ -70,7 +70,17 @@ def save(
     tokenizer: Any = None,
     options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Compiles an optimized module ahead of time and writes it, with its weights; see `OptimizedModule.save`."""
+    """Compiles ahead of time, and writes one `.pt2` file that `aograph.load` reads without the model's source.
+
+    It holds the graph `forward`, that of the first capture; for causal language models of transformers also `prefill`
+    and `decode`, over a static cache of `max_length` tokens (default: what the model knows, at most 2048) for
+    `batch_size` rows. Where there are none, `aograph inspect` says why. The packed weights are in the file once, the
+    originals not at all. An existing file is replaced by a whole one or not at all.
+
+    tokenizer: a tokenizer, or a folder with the files of one, to go along. options: Inductor's.
+
+    Raises `InputError`, and `CompileError` where the graphs cannot be compiled ahead of time.
+    """
     path = Path(path)
     check_path(path)
     check_request(optimized, max_length, batch_size)

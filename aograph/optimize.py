@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import huggingface, pipeline
+from . import export, huggingface, pipeline
 from .capture import Capture, capture, flatten, on_meta, retarget
 from .cost import roofline
 from .errors import CaptureError, CompileError, InputError, RecipeError
@@ -155,29 +155,7 @@ class OptimizedModule(nn.Module):
             raise InputError("the state of an optimized module has no prefix and no destination: call state_dict()")
         return dict(self._store.names)
 
-    def save(
-        self,
-        path: str | os.PathLike,
-        *,
-        max_length: int | None = None,
-        batch_size: int = 1,
-        tokenizer: Any = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Compiles ahead of time, and writes one `.pt2` file that `aograph.load` reads without the model's source.
-
-        It holds the graph `forward`, that of the first capture; for causal language models of transformers also
-        `prefill` and `decode`, over a static cache of `max_length` tokens (default: what the model knows, at most
-        2048) for `batch_size` rows. Where there are none, `aograph inspect` says why. The packed weights are in the
-        file once, the originals not at all. An existing file is replaced by a whole one or not at all.
-
-        tokenizer: a tokenizer, or a folder with the files of one, to go along. options: Inductor's.
-
-        Raises `InputError`, and `CompileError` where the graphs cannot be compiled ahead of time.
-        """
-        from . import export
-
-        export.save(self, path, max_length=max_length, batch_size=batch_size, tokenizer=tokenizer, options=options)
+    save = export.save  # writes an artifact
 
     def load_state_dict(self, *_: Any, **__: Any) -> Any:
         raise InputError("an optimized module cannot load weights: load them into the model and optimize it again")
