@@ -83,6 +83,7 @@ def supports(case: Case, bits: int) -> bool | str:
         (case.K % UNIT == 0, f"K is not a multiple of {UNIT}"),
         (case.N % 8 == 0, "N is not a multiple of 8"),
         (case.M is not None, "M is unknown"),
+        (bits == 4 or case.group_size is None, "takes int8 weights with one scale for each channel only"),
     )
     if here is True:
         here = cuda.available(case.capability)
@@ -164,7 +165,7 @@ def table(bits: int) -> dict[tuple[int, int], list[Plan | None]]:
         if path.exists():
             try:
                 plans |= read(path).get(bits, {})
-            except (ValueError, KeyError, TypeError) as error:  # never a reason to stop
+            except (ValueError, KeyError, TypeError, AttributeError) as error:  # never a reason to stop
                 warnings.warn(f"{path} is no file of plans and is ignored: {error}; delete it", stacklevel=2)
     return plans
 
