@@ -155,7 +155,8 @@ class Recipe:
                 raise RecipeError(f"a shape predicate that is a function cannot be written as TOML: {rule}")
             table = {k: getattr(rule, k) for k in SELECTORS if getattr(rule, k) is not None}
             table |= {"optional": True} if rule.optional else {}
-            table |= {"scheme": rule.scheme.preset, **rule.scheme.settings(changed_only=False)}
+            settings = rule.scheme.settings(changed_only=False)
+            table |= {"scheme": rule.scheme.preset, **{k: v for k, v in settings.items() if v is not None}}
             lines += ["[[rule]]", *(f"{k} = {quoted(v)}" for k, v in table.items()), ""]
         return "\n".join(lines)
 

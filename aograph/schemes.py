@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .errors import RecipeError
-from .kernels.rounding import ALGORITHMS
+from .kernels.rounding import ALGORITHMS, GROUP_SIZES
 
 
 def nearest(word: Any, valid: Iterable[str]) -> str:
@@ -64,17 +64,24 @@ class Keep(Scheme):
 
 @dataclass(frozen=True)
 class Int8WeightOnly(Scheme):
-    """Weights in 8 bits, symmetric, one scale per output channel; activations and arithmetic as they were.
+    """Weights in 8 bits, symmetric, one scale per channel or group of inputs; activations and arithmetic as they were.
 
     algorithm: how the range of a channel is found: "minmax" (no clipping), "mse" (the clip that minimises the
         squared error).
+    group_size: how many inputs of a channel share a scale: 32, 64, 128 or 256, which must divide K; None: all.
     """
 
     preset: ClassVar[str] = "int8wo"
     algorithm: str = "minmax"
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         self.check("algorithm", ALGORITHMS)
+        if self.group_size is not None:
+            self.check("group_size", GROUP_SIZES)
+
+    def refuse(self, N: int, K: int) -> str | None:
+        return None if self.group_size is None else indivisible(K, self.group_size)
 
 
 @dataclass(frozen=True)
@@ -90,16 +97,19 @@ class Int4WeightOnly(Scheme):
     algorithm: str = "mse"
 
     def __post_init__(self) -> None:
-        self.check("group_size", (32, 64, 128, 256))
+        self.check("group_size", GROUP_SIZES)
         self.check("algorithm", ALGORITHMS)
 
     def refuse(self, N: int, K: int) -> str | None:
-        if K % self.group_size == 0:
-            return None
-        fits = [g for g in (256, 128, 64, 32) if K % g == 0]
-        return f"K = {K} is not divisible by the group size {self.group_size}" + (
-            f" ({fits[0]} would be)" if fits else ""
-        )
+        return indivisible(K, self.group_size)
+
+
+def indivisible(K: int, group_size: int) -> str | None:
+    """Why K inputs have no whole groups of that size, with the largest size that would fit; None if they have."""
+    if K % group_size == 0:
+        return None
+    fits = [g for g in GROUP_SIZES if K % g == 0]
+    return f"K = {K} is not divisible by the group size {group_size}" + (f" ({fits[-1]} would be)" if fits else "")
 
 
 PRESETS: dict[str, type[Scheme]] = {cls.preset: cls for cls in Scheme.__subclasses__()}

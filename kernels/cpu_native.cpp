@@ -288,11 +288,15 @@ struct Rounded {  // int4 as weights in bf16, which many rows of x pay for: thei
 struct Int8 {
   static constexpr bool ZERO = false;
   const int8_t* q;
-  const float* scale;
-  long n, k, group = CHUNK;
+  const void* scale;  // [n, groups]
+  long dtype, groups, n, k, group = groups == 1 ? CHUNK : k / groups;
 
-  void scales(long panel, long, float* out, float*) const {
-    for (long j = 0; j < COLUMNS; j++) out[j] = panel * COLUMNS + j < n ? scale[panel * COLUMNS + j] : 0;
+  void scales(long panel, long k0, float* out, float*) const {
+    const long first = panel * COLUMNS, g = groups == 1 ? 0 : k0 / group;
+    with_type(dtype, [&](auto type) {
+      auto* p = static_cast<const decltype(type)*>(scale) + g;
+      for (long j = 0; j < COLUMNS; j++) out[j] = first + j < n ? wide(p[(first + j) * groups]) : 0;
+    });
   }
   template <class P> void unpack(long panel, long k0, long k1, float* words) const {
     for (long j = 0; j < COLUMNS; j += LANES) {
@@ -445,11 +449,12 @@ template <class P, class W> int product(const Problem& p, const W& weight) {
   return 0;
 }
 
-// Few rows of x against int8: dot products along K, each weight read once
-template <int M> int dots(const Problem& p, const Int8& weight) {
+// Few rows of x against int8: dot products along K, each weight read once. Scales of groups meet their codes
+template <int M, bool GROUPED> int dots(const Problem& p, const Int8& weight) {
   constexpr long TOGETHER = 4;
-  const long line = ceil_div(p.k, LANES) * LANES;
-  Workspace space(M * line);
+  const long line = ceil_div(p.k, LANES) * LANES, groups = GROUPED ? weight.groups : 1;
+  const long own = ceil_div(TOGETHER * groups, LANES) * LANES;  // scales that a thread has in work
+  Workspace space(M * line + p.threads * own);
   if (!space.data) return 1;
   float* x = space.data;
   for (long r = 0; r < M; r++) {
@@ -459,31 +464,36 @@ template <int M> int dots(const Problem& p, const Int8& weight) {
 #pragma omp parallel for schedule(dynamic) num_threads(p.threads)
   for (long j0 = 0; j0 < p.n; j0 += COLUMNS) {
     const long columns = std::min(COLUMNS, p.n - j0);
-    float y[M][COLUMNS + TOGETHER];
+    float y[M][COLUMNS + TOGETHER], *scale = x + M * line + omp_get_thread_num() * own;
     for (long j = 0; j < columns; j += TOGETHER) {
       const int8_t* q[TOGETHER];
-      for (long i = 0; i < TOGETHER; i++) q[i] = weight.q + std::min(j0 + j + i, p.n - 1) * p.k;
+      for (long i = 0; i < TOGETHER; i++) {
+        const long n = std::min(j0 + j + i, p.n - 1);
+        q[i] = weight.q + n * p.k;
+        widen(weight.scale, weight.dtype, n * groups, groups, scale + i * groups);
+      }
       f32x16 sum[TOGETHER][M] = {};
-      const auto step = [&](long k, const auto& at) {
+      const auto step = [&](long k, long g, const auto& at) {
 #pragma GCC unroll 4
         for (long i = 0; i < TOGETHER; i++) {
           __builtin_prefetch(q[i] + TOGETHER * p.k + k, 0, 2);
-          const f32x16 w = codes8(at(i));
+          const f32x16 w = GROUPED ? codes8(at(i)) * scale[i * groups + g] : codes8(at(i));
 #pragma GCC unroll 4
           for (long r = 0; r < M; r++) sum[i][r] += w * load<f32x16>(x + r * line + k);
         }
       };
-      const long whole = p.k / LANES * LANES;
-      for (long k = 0; k < whole; k += LANES) step(k, [&](long i) { return q[i] + k; });
-      if (whole < p.k) {
+      const long whole = p.k / LANES * LANES, group = GROUPED ? weight.group : whole;
+      for (long g = 0; g < groups; g++)
+        for (long k = g * group; k < (g + 1) * group; k += LANES) step(k, g, [&](long i) { return q[i] + k; });
+      if (whole < p.k) {  // never with groups
         int8_t tail[TOGETHER][LANES] = {};
         for (long i = 0; i < TOGETHER; i++) memcpy(tail[i], q[i] + whole, p.k - whole);
-        step(whole, [&](long i) { return tail[i]; });
+        step(whole, 0, [&](long i) { return tail[i]; });
       }
       for (long i = 0; i < TOGETHER; i++)
         for (long r = 0; r < M; r++) {
-          const long n = std::min(j0 + j + i, p.n - 1);
-          y[r][j + i] = total(sum[i][r]) * weight.scale[n] + (p.bias ? p.bias[n] : 0);
+          const float bias = p.bias ? p.bias[std::min(j0 + j + i, p.n - 1)] : 0;
+          y[r][j + i] = total(sum[i][r]) * (GROUPED ? 1 : scale[i]) + bias;
         }
     }
     for (long r = 0; r < M; r++) narrow(y[r], columns, p.y, p.dtype, r * p.n + j0);
@@ -494,12 +504,16 @@ template <int M> int dots(const Problem& p, const Int8& weight) {
 }  // namespace
 
 // Both return 0, or 1 where there is no memory left. Shapes and layouts: cpu_native.py
-extern "C" int int8_linear(const void* x, long dtype, long m, long n, long k, const int8_t* q, const float* scale,
-                           const float* bias, void* y, int threads) {
+extern "C" int int8_linear(const void* x, long dtype, long m, long n, long k, const int8_t* q, const void* scale,
+                           long scale_dtype, long groups, const float* bias, void* y, int threads) {
   const Problem problem{x, dtype, m, n, k, bias, y, threads};
-  const Int8 weight{q, scale, n, k};
-  constexpr decltype(&dots<1>) DOTS[] = {nullptr, dots<1>, dots<2>, dots<3>, dots<4>};
-  if (m <= DOT_ROWS) return DOTS[m](problem, weight);
+  const Int8 weight{q, scale, scale_dtype, groups, n, k};
+  constexpr decltype(&dots<1, false>) DOTS[][2] = {{nullptr, nullptr},
+                                                   {dots<1, false>, dots<1, true>},
+                                                   {dots<2, false>, dots<2, true>},
+                                                   {dots<3, false>, dots<3, true>},
+                                                   {dots<4, false>, dots<4, true>}};
+  if (m <= DOT_ROWS) return DOTS[m][groups > 1](problem, weight);
 #ifdef PAIRS
   if (dtype == BF16) return product<Bf16>(problem, weight);
 #endif

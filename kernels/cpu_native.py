@@ -39,28 +39,31 @@ def available() -> bool | str:
 def int8_linear(
     x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``(x @ q.T) * scale + bias``, accumulated in fp32.
+    """``x @ (q * scale).T + bias``, accumulated in fp32.
 
     Args:
         x: [M, K] in fp32, bf16 or fp16; any M and K.
         q: int8 [N, K]; any N.
-        scale: [N] in fp32, bf16 or fp16.
+        scale: [N], or [N, K / g] where each g = 32, 64, 128 or 256 codes along K have their own, in fp32, bf16 or fp16.
         bias: [N], or None.
 
     Returns:
         [M, N] in x's dtype. NaN and infinity in a row of x stay in that row.
 
     Raises:
-        ValueError: a tensor has another shape, dtype, device or is not contiguous.
+        ValueError: a tensor has another shape, dtype, device or is not contiguous, or the groups are none of these.
         RuntimeError: the kernels are not available here.
     """
     _check(x, "x", (None, None), DTYPES)
     m, k = x.shape
     n = q.shape[0]
     _check(q, "q", (n, k), (torch.int8,))
-    _check(scale, "scale", (n,), DTYPES)
-    y = x.new_empty(m, n)
-    return _run("int8_linear", x, y, k, bias, q.data_ptr(), (scale := scale.float()).data_ptr())
+    groups = scale.shape[1] if scale.dim() == 2 else 1
+    _check(scale, "scale", (n, groups) if scale.dim() == 2 else (n,), DTYPES)
+    if scale.dim() == 2 and k not in (groups * g for g in GROUPS):
+        raise ValueError(f"{groups} scales for K = {k} codes: a group must be one of {GROUPS}")
+    weight = q.data_ptr(), scale.data_ptr(), DTYPES[scale.dtype], groups
+    return _run("int8_linear", x, x.new_empty(m, n), k, bias, *weight)
 
 
 def int4_linear(
@@ -185,6 +188,6 @@ def _load(compiler: list[str], path: Path) -> ctypes.CDLL:
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_long
     head, tail = [pointer, *[number] * 4], [pointer, pointer, ctypes.c_int]
-    library.int8_linear.argtypes = [*head, pointer, pointer, *tail]
-    library.int4_linear.argtypes = [*head, pointer, pointer, number, number, *tail]
+    for function in (library.int8_linear, library.int4_linear):
+        function.argtypes = [*head, pointer, pointer, number, number, *tail]
     return library

@@ -17,13 +17,14 @@ from torch import Tensor
 from . import cpu_native, cuda_linear, linear, rounding
 from .linear import LinearOp
 from .op import Case
+from .rounding import GROUP_SIZES
 
-GROUP_SIZES = (32, 64, 128, 256)
 PANEL = 64  # output channels
 ATEN_TOKENS = 64  # where, on a CPU with AVX-512, dequantizing and a bf16 matrix product overtake ATen's kernel
 
 int4_linear = LinearOp(
-    "int4_linear(Tensor x, Tensor q, Tensor scale_zero, int group_size, int out_features, Tensor? bias=None) -> Tensor"
+    "int4_linear(Tensor x, Tensor q, Tensor scale_zero, int group_size, int out_features, Tensor? bias=None) -> Tensor",
+    usual_group_size=64,
 )
 int4_linear.fake(int4_linear.like)
 

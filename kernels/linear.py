@@ -61,17 +61,19 @@ class LinearOp(Op):
     def fit(self, x: Tensor, N: int, K: int, group_size: int | None, *expected) -> Case:
         """The case of a call, once its arguments are known to fit together.
 
-        expected: (name, tensor or None, dtype, shape) of each part of the packed weight, and of the bias.
+        expected: (name, tensor or None, dtype, *shapes) of each part of the packed weight, and of the bias; any of
+        the shapes will do.
         Raises ValueError with the op, the argument, what it is and what was expected.
         """
         if x.dim() == 0 or x.shape[-1] != K or not x.is_floating_point():
             raise ValueError(f"{self.name}: x is {_words(x.dtype, x.shape)}; expected float [..., {K}]")
-        for name, tensor, dtype, shape in expected:
+        for name, tensor, dtype, *shapes in expected:
             if tensor is None:
                 continue
-            if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != x.device:
+            if tensor.dtype is not dtype or tensor.shape not in shapes or tensor.device != x.device:
                 found = f"{_words(tensor.dtype, tensor.shape)} on {tensor.device}"
-                raise ValueError(f"{self.name}: {name} is {found}; expected {_words(dtype, shape)} on {x.device}")
+                wanted = " or ".join([_words(dtype, shapes[0]), *(str(list(shape)) for shape in shapes[1:])])
+                raise ValueError(f"{self.name}: {name} is {found}; expected {wanted} on {x.device}")
         return Case(x.device.type, x.dtype, prod(x.shape[:-1]), N, K, group_size, capability(x.device))
 
 

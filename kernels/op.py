@@ -61,7 +61,7 @@ class Packing:
     """
 
     op: "Op"
-    settings: dict[str, int | str]
+    settings: dict[str, int | str | None]
 
     def __call__(self, weight: Tensor) -> tuple[Tensor, ...]:
         return self.op.pack(weight, **self.settings)
@@ -84,11 +84,13 @@ class Op:
     schema: as torch writes it, `"int8_linear(Tensor x, Tensor q, Tensor scale, Tensor? bias=None) -> Tensor"`.
     version: raised when the meaning or the packed layout changes; from 2 on it is part of the registered name,
     so that an artifact never runs with another meaning than the one it was saved with.
+    usual_group_size: that of the cases which `availability` asks about.
     """
 
-    def __init__(self, schema: str, *, version: int = 1):
+    def __init__(self, schema: str, *, version: int = 1, usual_group_size: int | None = None):
         self.name, signature = schema[: schema.index("(")], schema[schema.index("(") :]
         self.version = version
+        self.usual_group_size = usual_group_size
         self.implementations: list[Implementation] = []
         self.registered = self.name if version == 1 else f"{self.name}_v{version}"
         self.qualified_name = f"aograph::{self.registered}"
@@ -200,7 +202,7 @@ class Op:
         """For each implementation: True where it takes some usual case on this device, else why not."""
         major_minor = capability(torch.device(device)) if torch.cuda.is_available() else None
         usual = [
-            Case(torch.device(device).type, dtype, M, 4096, 4096, 64, major_minor)
+            Case(torch.device(device).type, dtype, M, 4096, 4096, self.usual_group_size, major_minor)
             for dtype in (torch.bfloat16, torch.float16, torch.float32)
             for M in (1, 4096)
         ]

@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensor
 
 CHUNK = {"cpu": 1 << 19}  # weights in work at a time: on CPU what its caches hold,
 LARGE_CHUNK = 1 << 22  # elsewhere what keeps a GPU busy; in fp32 with all temporaries under 128 MB
+GROUP_SIZES = (32, 64, 128, 256)  # how many weights along K may share a scale in a linear
 CLIP_RATIOS = [1 - i / 40 for i in range(1, 21)]  # what `mse` tries beside 1.0: 0.975 … 0.5
 HEADROOM = 127.5 / 127  # a scale may round down by this much with the largest code still the nearest
 

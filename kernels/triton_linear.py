@@ -35,9 +35,12 @@ def store_tile(acc, bias, y, part, m, n, M, N, PARTS: tl.constexpr):
 @triton.jit
 def int8_kernel(
     x, q, scale, bias, y, M, N, K, k_per_part,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K], q [N, K] int8, scale [N], bias [N] or None -> y; grid (N / BN, M / BM, PARTS)."""
+    """x [M, K], q [N, K] int8, scale [N] (GROUP 0) or [N, K/GROUP], bias [N] or None -> y.
+
+    BK divides GROUP, and GROUP K; grid (N / BN, M / BM, PARTS).
+    """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     part = tl.program_id(2)
@@ -48,8 +51,13 @@ def int8_kernel(
         k = start + tl.arange(0, BK)
         w = tl.load(q_rows + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0)
         a = tl.load(x_rows + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0)
-        acc = tl.dot(w.to(a.dtype), a, acc)
-    acc *= tl.load(scale + n, mask=n < N, other=0).to(tl.float32)[:, None]
+        if GROUP == 0:
+            acc = tl.dot(w.to(a.dtype), a, acc)
+        else:
+            of_group = tl.load(scale + n.to(tl.int64) * (K // GROUP) + start // GROUP, mask=n < N, other=0)
+            acc += tl.dot(w.to(a.dtype), a) * of_group.to(tl.float32)[:, None]
+    if GROUP == 0:
+        acc *= tl.load(scale + n, mask=n < N, other=0).to(tl.float32)[:, None]
     store_tile(acc, bias, y, part, m, n, M, N, PARTS)
 
 
@@ -129,15 +137,16 @@ def int4_transposed_kernel(q, scale_zero, w, K, sz_stride, GROUP: tl.constexpr, 
 
 
 def int8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x [M, K] bf16 or fp16, contiguous, M ≥ 1; q [N, K] int8; scale, bias [N] -> y [M, N] in x's dtype."""
-    return _linear(int8_kernel, INT8_TILES, x, q, scale, bias, q.shape[0])
+    """x [M, K] bf16 or fp16, contiguous, M ≥ 1; the weight as `int8_linear` packs it -> y [M, N] in x's dtype."""
+    group_size = 0 if scale.dim() == 1 else q.shape[1] // scale.shape[1]
+    return _linear(int8_kernel, INT8_TILES, x, q, scale, bias, q.shape[0], group_size)
 
 
 def int4_linear(
     x: Tensor, q: Tensor, scale_zero: Tensor, group_size: int, out_features: int, bias: Tensor | None
 ) -> Tensor:
     """x [M, K] bf16 or fp16, contiguous, M ≥ 1; the weight as `int4_linear` packs it -> y [M, N] in x's dtype."""
-    return _linear(int4_kernel, INT4_TILES, x, q, scale_zero, bias, out_features, GROUP=group_size)
+    return _linear(int4_kernel, INT4_TILES, x, q, scale_zero, bias, out_features, group_size)
 
 
 def int4_transposed(q: Tensor, scale_zero: Tensor, group_size: int) -> Tensor:
@@ -159,11 +168,14 @@ def largest(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else int(size.node.shape_env.bound_sympy(size.node.expr).upper)
 
 
-def _linear(kernel, tiles, x: Tensor, q: Tensor, scales: Tensor, bias: Tensor | None, N: int, **layout) -> Tensor:
+def _linear(
+    kernel, tiles, x: Tensor, q: Tensor, scales: Tensor, bias: Tensor | None, N: int, group_size: int
+) -> Tensor:
+    """group_size: 0 for one scale for each channel."""
     M, K = x.shape
     most = largest(M)
     _, BM, BN, BK, warps, stages = next(tile for tile in tiles if tile[0] >= most)
-    BK = min(BK, layout.get("GROUP", BK))
+    BK = min(BK, group_size or BK)
     grid = triton.cdiv(N, BN), triton.cdiv(M, BM)
     parts = _parts(grid[0] * triton.cdiv(most, BM), triton.cdiv(K, BK), _multiprocessors(x.device))
     k_per_part = triton.cdiv(triton.cdiv(K, BK), parts) * BK
@@ -172,7 +184,7 @@ def _linear(kernel, tiles, x: Tensor, q: Tensor, scales: Tensor, bias: Tensor | 
     with torch.cuda.device_of(x):
         launch(kernel)[*grid, parts](
             x, q, scales, bias, into, M, N, K, k_per_part,
-            **layout, BM=BM, BN=BN, BK=BK, PARTS=parts, num_warps=warps, num_stages=stages,
+            GROUP=group_size, BM=BM, BN=BN, BK=BK, PARTS=parts, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if parts > 1:
             launch(add_parts_kernel)[triton.cdiv(M * N, 512),](into, bias, y, N, M * N, PARTS=parts, BLOCK=512)

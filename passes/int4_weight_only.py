@@ -17,5 +17,5 @@ class Int4WeightOnlyPass(SchemePass):
 
     def rewrite(self, site: Site, program: Program) -> None:
         size = site.scheme.group_size
-        packing = Packing(int4_linear, {"group_size": size, "algorithm": site.scheme.algorithm})
+        packing = Packing(int4_linear, site.scheme.settings(changed_only=False))
         swap(program, site, packing, size, site.N, group_size=size)

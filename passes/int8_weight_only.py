@@ -10,10 +10,11 @@ from .base import SchemePass, swap
 
 
 class Int8WeightOnlyPass(SchemePass):
-    """Any shape will do."""
+    """The group size, if any, divides K: `Int8WeightOnly.refuse` saw to it."""
 
     name = "int8_weight_only"
     scheme = Int8WeightOnly
 
     def rewrite(self, site: Site, program: Program) -> None:
-        swap(program, site, Packing(int8_linear, {"algorithm": site.scheme.algorithm}))
+        packing = Packing(int8_linear, site.scheme.settings(changed_only=False))
+        swap(program, site, packing, group_size=site.scheme.group_size)

@@ -135,6 +135,21 @@ def test_writes_in_place_are_noticed_at_the_next_call():
 
 
 @torch.no_grad()
+def test_groups_are_filled_again_too():
+    model = MLP().eval()
+    run = compiled(model, "int8wo(group_size=32)", compile=False)
+    run(X)
+    model.down.weight.mul_(3)
+    close(run(X), model(X))
+    model.up.weight.data.mul_(2)
+    assert aograph.refresh(model) == 2
+    close(run(X), model(X))
+    fresh = MLP().eval()
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(run(X), compiled(fresh, "int8wo(group_size=32)", compile=False)(X))
+
+
+@torch.no_grad()
 def test_nan_in_a_weight_is_named_at_the_call_and_nothing_changes():
     model = MLP().eval()
     run = compiled(model)

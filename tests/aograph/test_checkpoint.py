@@ -171,6 +171,15 @@ def test_a_model_that_was_loaded_by_transformers(original, tmp_path):
     assert torch.equal(again.generate(ids(1, 4), max_new_tokens=3, do_sample=False), tokens)
 
 
+def test_int8_in_groups(original, tmp_path):
+    optimized = load(original, "int8wo(group_size=32)")
+    optimized.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed")
+    assert again.recipe == optimized.recipe and str(again.report) == str(optimized.report)
+    assert all(tensor.dim() == 2 for name, tensor in again.state_dict().items() if name.endswith("_scale"))
+    check_same(again, optimized)
+
+
 def test_the_recipe_may_be_given_again(packed):
     assert load(packed, "int4wo(group_size=32) + lm_head:int8wo").report
     with pytest.raises(InputError, match=r"is packed by the recipe .*group_size=32.*, not '→ int8wo'"):

@@ -32,7 +32,9 @@ def oracle(program, x):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("recipe, K", [("int8wo", 33), ("int8wo", 64), ("int4wo(group_size=32)", 96)])
+@pytest.mark.parametrize(
+    "recipe, K", [("int8wo", 33), ("int8wo", 64), ("int8wo(group_size=32)", 96), ("int4wo(group_size=32)", 96)]
+)
 @pytest.mark.parametrize("N", [1, 65, 128])
 def test_the_traced_graph_computes_what_the_op_means(recipe, N, K, dtype):
     program = program_of(nn.Linear(K, N).to(dtype), recipe, torch.randn(5, K, dtype=dtype))
@@ -120,7 +122,7 @@ def test_buffers_that_the_graph_writes():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("recipe", ["int8wo", "int4wo"])
+@pytest.mark.parametrize("recipe", ["int8wo", "int8wo(group_size=32)", "int4wo"])
 def test_triton_kernels_become_parts_of_the_graph(recipe):
     linear = nn.Linear(256, 192).to("cuda", torch.bfloat16)
     few = {0: torch.export.Dim("M", min=2, max=100)}

@@ -27,6 +27,7 @@ class Candidate:
     "text, rules",
     [
         ("int8wo", [Rule(Int8WeightOnly())]),
+        ("int8wo(group_size=128)", [Rule(Int8WeightOnly(group_size=128))]),
         (" int4wo ", [Rule(Int4WeightOnly())]),
         ("int4wo()", [Rule(Int4WeightOnly())]),
         ("int4wo(group_size=128)", [Rule(Int4WeightOnly(128))]),
@@ -51,7 +52,8 @@ def test_strings(text, rules):
         ("int4wo(groupsize=64)", "unknown key 'groupsize' for int4wo; did you mean 'group_size'"),
         ("int4wo(group_size)", "'group_size' in .* is no parameter=value"),
         ("int4wo(group_size=65)", "group_size=65 is unknown; "),
-        ("int8wo(group_size=64)", "unknown key 'group_size' for int8wo"),
+        ("int8wo(group_size=65)", "int8wo: group_size=65 is unknown; "),
+        ("none(group_size=64)", "unknown key 'group_size' for none"),
         ("lm_head:int9wo", "did you mean 'int8wo'|did you mean 'int4wo'"),
         ("re:[:int8wo", "is no regular expression"),
     ],
@@ -93,7 +95,7 @@ def test_a_rule_needs_a_scheme():
 texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12)
 schemes = st.one_of(
     st.just(Keep()),
-    st.builds(Int8WeightOnly, st.sampled_from(sorted(ALGORITHMS))),
+    st.builds(Int8WeightOnly, st.sampled_from(sorted(ALGORITHMS)), st.sampled_from([None, 32, 64, 128, 256])),
     st.builds(Int4WeightOnly, st.sampled_from([32, 64, 128, 256]), st.sampled_from(sorted(ALGORITHMS))),
 )
 rules = st.builds(

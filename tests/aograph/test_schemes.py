@@ -26,6 +26,7 @@ def test_a_scheme_is_a_documented_frozen_value(scheme):
         (Int4WeightOnly(128), "int4wo(group_size=128)"),
         (Int4WeightOnly(128, "minmax"), "int4wo(group_size=128, algorithm=minmax)"),
         (Int8WeightOnly("mse"), "int8wo(algorithm=mse)"),
+        (Int8WeightOnly(group_size=64), "int8wo(group_size=64)"),
     ],
 )
 def test_text(scheme, text):
@@ -37,12 +38,25 @@ def test_text(scheme, text):
     [
         (lambda: Int4WeightOnly(group_size=48), "int4wo: group_size=48 is unknown; "),
         (lambda: Int4WeightOnly(algorithm="msee"), "int4wo: algorithm='msee' is unknown; did you mean 'mse'"),
+        (lambda: Int8WeightOnly(group_size=48), "int8wo: group_size=48 is unknown; "),
+        (lambda: Int8WeightOnly(group_size="None"), "int8wo: group_size='None' is unknown; "),
         (lambda: Int8WeightOnly(algorithm=3), "int8wo: algorithm=3 is unknown; valid: "),
     ],
 )
 def test_parameters_are_checked(make, message):
     with pytest.raises(RecipeError, match=message):
         make()
+
+
+@pytest.mark.parametrize("scheme", [Int4WeightOnly, Int8WeightOnly])
+def test_groups_that_do_not_divide_are_refused_with_what_would(scheme):
+    assert scheme(group_size=64).refuse(5, 192) is None
+    assert scheme(group_size=128).refuse(5, 192) == "K = 192 is not divisible by the group size 128 (64 would be)"
+    assert scheme(group_size=32).refuse(5, 33) == "K = 33 is not divisible by the group size 32"
+
+
+def test_whole_channels_refuse_nothing():
+    assert Int8WeightOnly().refuse(5, 33) is None and Keep().refuse(5, 33) is None
 
 
 def test_nearest():

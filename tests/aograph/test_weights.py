@@ -62,10 +62,10 @@ def packed_shapes(monkeypatch):
     """The shapes of the real weights that int8 packing has seen."""
     shapes = []
 
-    def pack(weight, algorithm):
+    def pack(weight, **settings):
         if type(weight) is torch.Tensor:
             shapes.append(tuple(weight.shape))
-        return int8_linear.pack(weight, algorithm)
+        return int8_linear.pack(weight, **settings)
 
     monkeypatch.setattr(int8_linear.int8_linear, "pack", pack)
     return shapes

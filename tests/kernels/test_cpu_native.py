@@ -26,11 +26,11 @@ def fresh():
         cpu_native._library()
 
 
-def int8_case(m, n, k, dtype):
+def int8_case(m, n, k, dtype, group=None, scale_dtype=None):
     x, q = torch.randn(m, k).to(dtype), torch.randint(-128, 128, (n, k), dtype=torch.int8)
-    scale, bias = torch.rand(n).to(dtype), torch.randn(n).to(dtype)
-    expected = x.double() @ (q.double() * scale.double()[:, None]).T + bias.double()
-    return (x, q, scale, bias), expected
+    scale, bias = torch.rand(n, k // group if group else 1).to(scale_dtype or dtype), torch.randn(n).to(dtype)
+    expected = x.double() @ (q.double() * scale.double().repeat_interleave(group or k, 1)).T + bias.double()
+    return (x, q, scale if group else scale.squeeze(1), bias), expected
 
 
 def int4_case(m, n, k, group, dtype, scale_dtype):
@@ -61,6 +61,22 @@ def test_int8_agrees_with_float64(m, dtype):
         assert error(y, expected) < TOLERANCE[dtype], (n, k)
         without = cpu_native.int8_linear(*arguments[:3])
         assert error(without, expected - arguments[3].double()) < TOLERANCE[dtype], (n, k)
+
+
+@built
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("m", ROWS)
+def test_int8_in_groups_agrees_with_float64(m, dtype):
+    for n, k, group, scale_dtype in (
+        (1, 32, 32, torch.float32),
+        (3, 1152, 64, torch.bfloat16),
+        (67, 640, 128, torch.float16),
+        (130, 1280, 256, dtype),
+    ):
+        arguments, expected = int8_case(m, n, k, dtype, group, scale_dtype)
+        y = cpu_native.int8_linear(*arguments)
+        assert y.dtype == dtype and y.shape == (m, n)
+        assert error(y, expected) < TOLERANCE[dtype], (n, k, group)
 
 
 @built
@@ -103,6 +119,7 @@ def test_nothing_to_sum_gives_the_bias():
 def test_a_poisoned_row_leaves_the_others_alone(m, dtype, poison):
     for arguments, expected, kernel in (
         (*int8_case(m, 70, 67, dtype), cpu_native.int8_linear),
+        (*int8_case(m, 70, 64, dtype, 32), cpu_native.int8_linear),
         (*int4_case(m, 70, 64, 32, dtype, dtype), cpu_native.int4_linear),
     ):
         arguments[0][1] = poison
@@ -118,13 +135,14 @@ def test_the_same_bits_whatever_the_threads(m):
     threads = torch.get_num_threads()
     for dtype in TOLERANCE:
         eight, four = int8_case(m, 200, 700, dtype)[0], int4_case(m, 200, 768, 64, dtype, dtype)[0]
+        grouped = int8_case(m, 200, 768, dtype, 64)[0]
         found = []
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
-            found.append((cpu_native.int8_linear(*eight), cpu_native.int4_linear(*four)))
+            found.append([cpu_native.int8_linear(*each) for each in (eight, grouped)] + [cpu_native.int4_linear(*four)])
         torch.set_num_threads(threads)
-        for y8, y4 in found[1:]:
-            assert torch.equal(y8, found[0][0]) and torch.equal(y4, found[0][1])
+        for again in found[1:]:
+            assert all(torch.equal(y, first) for y, first in zip(again, found[0], strict=True))
 
 
 @built
@@ -137,6 +155,10 @@ def test_wrong_arguments_are_refused():
         (x, q[:, 1:], scale),
         (x, q.to(torch.uint8), scale),
         (x, q, scale[1:]),
+        (x, q, scale[0]),
+        (x, q, scale[:, None].expand(4, 3).contiguous()),
+        (x, q, scale[:, None].expand(4, 4).contiguous()),
+        (x, q, scale[:, None].expand(4, 2)),
         (x, q, scale, bias[1:]),
     ):
         with pytest.raises(ValueError):
@@ -162,6 +184,8 @@ def test_the_portable_build_agrees_in_an_unwritable_cache(fresh, monkeypatch, tm
     for m in (1, 7):
         for dtype, tolerance in TOLERANCE.items():
             arguments, expected = int8_case(m, 70, 67, dtype)
+            assert error(cpu_native.int8_linear(*arguments), expected) < tolerance
+            arguments, expected = int8_case(m, 70, 128, dtype, 64)
             assert error(cpu_native.int8_linear(*arguments), expected) < tolerance
             arguments, expected = int4_case(m, 70, 128, 64, dtype, dtype)
             assert error(cpu_native.int4_linear(*arguments), expected) < tolerance

@@ -104,6 +104,14 @@ def test_availability(op):
     assert op.availability("cpu") == said
 
 
+def test_availability_is_asked_about_the_usual_groups():
+    op = Op("test_groups(Tensor x) -> Tensor", usual_group_size=64)
+    op.reference(torch.clone)
+    op.implementation("grouped", supports=lambda case: case.group_size == 64 or "takes groups of 64")(torch.clone)
+    assert op.availability("cpu")[0] == ("grouped", True)
+    del OPS["test_groups"]
+
+
 def test_a_later_version_is_another_op():
     second = Op("test_add(Tensor x) -> Tensor", version=2)
     assert second.overload is torch.ops.aograph.test_add_v2.default and OPS["test_add_v2"] is second

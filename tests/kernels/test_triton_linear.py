@@ -35,8 +35,11 @@ for M, N, K, g in [(1, 70, 1024, 64), (17, 65, 128, 32), (33, 3, 512, 256)]:
     exact8 = q.double() * scale.double()[:, None]
     exact4 = int4_linear.unpack(codes, pairs.double(), g, N)
     y8 = triton_linear.int8_linear(x, q, scale, bias)
+    in_groups, scales = int8_linear.pack(weight, group_size=g)
+    exact8g = in_groups.double() * scales.double().repeat_interleave(g, 1)
+    y8g = triton_linear.int8_linear(x, in_groups, scales, bias)
     y4 = triton_linear.int4_linear(x, codes, pairs, g, N, bias)
-    for y, exact in (y8, exact8), (y4, exact4):
+    for y, exact in (y8, exact8), (y8g, exact8g), (y4, exact4):
         expected = x.double() @ exact.T + bias.double()
         assert (y - expected).norm() <= 2e-3 * expected.norm(), (M, N, K, g)
     transposed = triton_linear.int4_transposed(codes, pairs, g)
@@ -60,9 +63,11 @@ def kernels(dtype: str, parts: int):
 
     sizes = dict.fromkeys(["M", "N", "K", "k_per_part"], "i32")
     y, bias = ("*fp32", None) if parts > 1 else (dtype, dtype)
-    for _, BM, BN, BK, warps, stages in t.INT8_TILES:
-        types = {"x": dtype, "q": "*i8", "scale": dtype, "bias": bias, "y": y, **sizes}
-        yield t.int8_kernel, types, {"BM": BM, "BN": BN, "BK": BK, "PARTS": parts}, warps, stages
+    for g in (0, 32) if parts > 1 else (0, 256):
+        for _, BM, BN, BK, warps, stages in t.INT8_TILES:
+            types = {"x": dtype, "q": "*i8", "scale": dtype, "bias": bias, "y": y, **sizes}
+            constants = {"GROUP": g, "BM": BM, "BN": BN, "BK": min(BK, g or BK), "PARTS": parts}
+            yield t.int8_kernel, types, constants, warps, stages
     for _, BM, BN, BK, warps, stages in t.INT4_TILES:
         g = 64 if parts > 1 else 32
         types = {"x": dtype, "q": "*u8", "scale_zero": dtype, "bias": bias, "y": y, **sizes}

@@ -8,9 +8,11 @@ from torch import nn
 
 from aograph.program import get_attribute
 
-INT8, INT4 = "int8wo", "int4wo(group_size=32, algorithm=minmax)"  # minmax packs fastest
+INT8, INT8_GROUPS = "int8wo", "int8wo(group_size=32)"
+INT4 = "int4wo(group_size=32, algorithm=minmax)"  # minmax packs fastest
 UNPACK = {
     INT8: lambda packed, N: int8_linear.unpack(*packed),
+    INT8_GROUPS: lambda packed, N: int8_linear.unpack(*packed),
     INT4: lambda packed, N: int4_linear.unpack(*packed, 32, N),
 }
 

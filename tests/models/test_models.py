@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from aograph import optimize
 
 from .counter import count_products
-from .dequantized import INT4, INT8, dequantized
+from .dequantized import INT4, INT8, INT8_GROUPS, dequantized
 from .zoo import MINI, MODELS, build, ids
 
 SMALL = Path(__file__).parents[3] / "shared" / "models" / "small"
@@ -80,6 +80,13 @@ def test_every_product_has_a_row(name, recipe):
 @pytest.mark.parametrize("name", MODELS)
 def test_eager(name, recipe, dtype, device):
     check(*optimized_zoo(name, recipe, device, dtype), recipe)
+
+
+@both_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["functional", "gpt2"])
+def test_int8_in_groups(name, dtype, device):
+    check(*optimized_zoo(name, INT8_GROUPS, device, dtype), INT8_GROUPS)
 
 
 @both_devices

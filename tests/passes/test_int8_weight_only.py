@@ -49,6 +49,41 @@ def test_the_algorithm_reaches_the_packing(algorithm):
     assert torch.equal(state["w_q"], q) and torch.equal(state["w_scale"], scale)
 
 
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_groups_reach_packing_and_row(group_size):
+    recipe = f"int8wo(group_size={group_size})"
+    program = materialized(rewritten(lambda m, x: F.linear(x, m.w), X, recipe=recipe, w=W))
+    (row,) = program.rows
+    assert row.outcome == "rewritten" and row.scheme == recipe and row.kernel and not row.notes
+    assert row.bytes_after == 48 * 64 + 48 * 64 // group_size * 4
+    q, scale = int8_linear.pack(W, "minmax", group_size)
+    state = dict(program.graph_module.named_buffers())
+    assert torch.equal(state["w_q"], q) and torch.equal(state["w_scale"], scale)
+    expected = F.linear(X, int8_linear.unpack(q, scale))
+    torch.testing.assert_close(outputs(program, X)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("K, hint", [(96, " (32 would be)"), (33, "")])
+def test_a_group_size_that_does_not_divide(K, hint):
+    x = torch.randn(3, K)
+    program = rewritten(lambda m, x: F.linear(x, m.w), x, recipe="int8wo(group_size=64)", w=torch.randn(48, K))
+    assert operators(program) == {"aten.linear": 1} and not program.packs
+    (row,) = program.rows
+    assert row.outcome == "near miss" and row.bytes_after == row.bytes_before
+    assert row.notes == [f"K = {K} is not divisible by the group size 64{hint}"]
+
+
+def test_merged_siblings_share_one_pack_in_groups():
+    v = torch.randn(80, 64)
+    both = rewritten(lambda m, x: (F.linear(x, m.w), F.linear(x, m.v)), X, recipe="int8wo(group_size=32)", w=W, v=v)
+    assert operators(both)["aograph.int8_linear"] == 1
+    (pack,) = both.packs.values()
+    assert pack.names == ("w_v_q", "w_v_scale") and [row.name for row in both.rows] == ["w", "v"]
+    for y, weight in zip(outputs(materialized(both), X), (W, v), strict=True):
+        expected = F.linear(X, int8_linear.unpack(*int8_linear.pack(weight, group_size=32)))
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_row():
     program = rewritten(MLP(), X)
     for row, (N, K) in zip(program.rows, [(128, 64), (64, 128)], strict=True):
