@@ -59,6 +59,8 @@ class Packed:
             fresh, self.error = self.pack.run(weight)
             for old, new in zip(self.tensors, fresh, strict=False):
                 old.copy_(new)
+                if old.is_cuda:  # kernels fetch packed weights before the work ahead of them has ended
+                    torch.cuda.synchronize(old.device)
             self.tensors = self.tensors or tuple(t.clone() if shares(t, leaves) else t for t in fresh)
             self.versions = [version(leaf) for leaf in leaves]
 
