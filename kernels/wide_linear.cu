@@ -1,8 +1,8 @@
 // y = x @ W.T + bias on packed weights, for tokens enough to fill wgmma: the time is that of the tensor cores.
 //
-// One thread brings x and the weight to shared memory, by copies of boxes and of rows. Each consumer warpgroup turns the codes of its 64 channels into a half precision left operand in
-// registers, a step of 16 k ahead of the tensor cores, which take x from shared memory. The blocks of a cluster share
-// K and add up their sums in a fixed order.
+// One thread brings x and the weight to shared memory, in boxes. Each consumer warpgroup turns the codes of its channels
+// into a half precision left operand in registers, a step of 16 k ahead of the tensor cores, which take x from shared
+// memory. The blocks of a cluster share K and add up their sums in a fixed order.
 //
 // Defines: HALF, TOKENS (of a block: 16, 32, 64, 128 or 256), GROUPS (consumer warpgroups), TALL (of 64 channels that each
 // computes: 1 or 2), STAGES (of 64 k), PRODUCERS (threads, of which one copies), and for int4 GROUP. Where two warpgroups
@@ -17,13 +17,11 @@
 extern __shared__ __align__(1024) u8 shared[];
 
 #define CHANNELS (64 * GROUPS * TALL)
-#define CONSUMERS (128 * GROUPS) // threads
-#define X_BYTES (TOKENS * 128)   // of a stage: 64 k of each token, in the 128-byte swizzle of wgmma
-#define WIDTH (TOKENS < 128 ? TOKENS : 128) // tokens of one wgmma
-#define PITCH (CHANNELS + 8)     // floats between tokens of the sums in shared memory
-
-// Where the channels and the tokens of a thread's sums lie: d[4 i + 2 h + j] of the warpgroup's tile
-// [64, 8 i ...] is row g + 8 h of its warp, token 8 i + 2 t + j.
+#define CONSUMERS (128 * GROUPS)            // threads
+#define X_BYTES (TOKENS * 128)              // of a stage: 64 k of each token, in the 128-byte swizzle of wgmma
+#define WIDTH (TOKENS < 128 ? TOKENS : 128) // tokens of one wgmma: d[4 i + 2 h + j] of a thread is row g + 8 h of its
+                                            // warp's 16, token 8 i + 2 t + j, where g is lane / 4 and t is lane % 4
+#define PITCH (CHANNELS + 8)                // floats between tokens of the sums in shared memory
 
 // wgmma -------------------------------------------------------------------------------------------------------
 
