@@ -126,7 +126,7 @@ def missing_kernels(program: Program) -> list[str]:
         if missing is not True and any(each.name == "cuda" and each.supports(case) == missing for each in op):
             reasons.append(missing)
     return [
-        f"the CUDA C++ kernels cannot run here, slower ones take their place: {reason}; what they need comes with "
+        f"the CUDA C++ kernels cannot run here, others take their place: {reason}; what they need comes with "
         "torch's CUDA builds, and `aograph env` says what is found"
         for reason in dict.fromkeys(reasons)
     ]

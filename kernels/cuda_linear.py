@@ -3,7 +3,8 @@
 `small_linear.cu` reads the weight as fast as memory gives it, for few tokens; `wide_linear.cu` feeds the tensor cores,
 for more. What is best for a shape is measured: `aograph tune` finds the plans of some shapes for each number of
 tokens (the upper ends of TOKENS) and keeps them in the cache folder; other shapes take those of the nearest.
-`tuned/sm_90.json` is for plans that come with the package. Nothing is measured at run time.
+`tuned/sm_90.json` is for plans that come with the package: none so far, so that only tuning brings these kernels into
+use. Nothing is measured at run time.
 """
 
 import json
@@ -21,7 +22,7 @@ from . import cuda
 from .op import Case, need
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1 << 24)  # a plan holds up to so many
-ARCHITECTURES = {(9, 0): "sm_90"}  # wgmma is of this generation alone
+CAPABILITIES = {(9, 0)}  # wgmma is of this generation alone
 SHARED = 232448  # bytes of shared memory that a block can have
 STEP, UNIT = 64, 128  # k of a stage of the wide and the small kernel
 
@@ -44,12 +45,17 @@ class Plan:
     def defines(self, bits: int, group_size: int | None) -> dict[str, int]:
         """The defines of the kernel, for weights of so many bits."""
         if self.kernel == "wide":
-            sizes = {"TOKENS": self.tokens, "GROUPS": self.warps // 4, "TALL": self.channels // self.warps // 16}
-            sizes |= {"PRODUCERS": self.producers}
+            values = {"TOKENS": self.tokens, "GROUPS": self.warps // 4, "TALL": self.channels // self.warps // 16}
+            values |= {"PRODUCERS": self.producers}
         else:
-            sizes = {"TILES": max(self.tokens // 8, 1), "WARPS": self.warps, "ONE": int(self.tokens == 1), "UNIT": UNIT}
-            sizes |= {"PANELS": self.channels // 64} if bits == 4 else {"ROWS": self.channels // 16}
-        return {"STAGES": self.stages, **sizes, **({"GROUP": group_size} if bits == 4 else {})}
+            values = {
+                "TILES": max(self.tokens // 8, 1),
+                "WARPS": self.warps,
+                "ONE": int(self.tokens == 1),
+                "UNIT": UNIT,
+            }
+            values |= {"PANELS": self.channels // 64} if bits == 4 else {"ROWS": self.channels // 16}
+        return {"STAGES": self.stages, **values, **({"GROUP": group_size} if bits == 4 else {})}
 
     @property
     def producers(self) -> int:
@@ -71,17 +77,22 @@ class Plan:
 
     def fits(self, N: int, K: int, bits: int, group_size: int | None) -> bool:
         """Whether the kernel can run so, for this shape."""
-        return K % UNIT == N % 8 == 0 and self.blocks <= K // UNIT and self.shared(bits, group_size) <= SHARED
+        taken = all(holds for holds, _ in sizes(N, K))
+        return taken and self.blocks <= K // UNIT and self.shared(bits, group_size) <= SHARED
+
+
+def sizes(N: int, K: int) -> list[tuple[bool, str]]:
+    """What the kernels ask of a shape, for `need`."""
+    return [(K % UNIT == 0, f"K is not a multiple of {UNIT}"), (N % 8 == 0, "N is not a multiple of 8")]
 
 
 def supports(case: Case, bits: int) -> bool | str:
     """Whether these kernels take a case of `int4_linear` or `int8_linear`, and are what it runs fastest with."""
     here = need(
         (case.device == "cuda", "runs on CUDA only"),
-        (case.capability in ARCHITECTURES, "is written for compute capability 9.0"),
+        (case.capability in CAPABILITIES, "is written for compute capability 9.0"),
         (case.dtype in (torch.bfloat16, torch.float16), "takes bf16 and fp16 x only"),
-        (case.K % UNIT == 0, f"K is not a multiple of {UNIT}"),
-        (case.N % 8 == 0, "N is not a multiple of 8"),
+        *sizes(case.N, case.K),
         (case.M is not None, "M is unknown"),
         (bits == 4 or case.group_size is None, "takes int8 weights with one scale for each channel only"),
     )

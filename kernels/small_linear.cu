@@ -32,6 +32,14 @@ __device__ __forceinline__ void produce(int begin, int end, u32 full, u32 empty,
   }
 }
 
+// What a warp does when it has read a stage: it gives the stage back and goes on to its next one.
+__device__ __forceinline__ void next_stage(u32 empty, int& stage, int& phase) {
+  reads_before_copies();
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(empty + stage * 8);
+  if ((stage += WARPS) >= RINGS) stage -= RINGS, phase ^= 1;
+}
+
 __device__ __forceinline__ void make_barriers(u32 full, u32 empty) {
   if (threadIdx.x < RINGS) {
     barrier_init(full + threadIdx.x * 8, 1);
@@ -200,10 +208,7 @@ int4_small(const u16* x, const u8* __restrict__ q, const __grid_constant__ Matri
             }
           }
         }
-      reads_before_copies();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(empty + stage * 8);
-      if ((stage += WARPS) >= RINGS) stage -= RINGS, phase ^= 1;
+      next_stage(empty, stage, phase);
     }
   }
   __syncthreads();
@@ -284,10 +289,7 @@ int8_small(const u16* x, const __grid_constant__ Matrix q, const u16* __restrict
             for (int m = 0; m < TILES; m++) multiply_add(out[r][m], a, b[j + half][m][0], b[j + half][m][1]);
           }
         }
-      reads_before_copies();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(empty + stage * 8);
-      if ((stage += WARPS) >= RINGS) stage -= RINGS, phase ^= 1;
+      next_stage(empty, stage, phase);
     }
   }
   __syncthreads();

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import cuda, cuda_linear, int4_linear, int8_linear
-from .cuda_linear import ARCHITECTURES, STEP, TOKENS, UNIT, Plan
+from .cuda_linear import CAPABILITIES, STEP, TOKENS, Plan
 from .op import OPS, capability, need
 
 MEASURED = (1, 4, 16, 32, 64, 128, 256, 512, 2048)  # tokens, for each of TOKENS
@@ -34,14 +34,13 @@ def available(device: torch.device) -> bool | str:
     if here is not True:
         return here
     found = capability(device)
-    return cuda.available(found) if found in ARCHITECTURES else "the kernels are written for compute capability 9.0"
+    return cuda.available(found) if found in CAPABILITIES else "the kernels are written for compute capability 9.0"
 
 
 def takes(bits: int, N: int, K: int, group_size: int | None) -> bool | str:
     """True where the kernels take a weight [N, K] of so many bits, else why not. group_size: None for int8."""
     return need(
-        (K % UNIT == 0, f"K is not a multiple of {UNIT}"),
-        (N % 8 == 0, "N is not a multiple of 8"),
+        *cuda_linear.sizes(N, K),
         (bits == 8 or K % (group_size or 1) == 0, f"K is not a multiple of the group size {group_size}"),
     )
 

@@ -162,7 +162,7 @@ def forgotten():
 def test_what_is_kept_counts_at_once(monkeypatch, tmp_path, forgotten):
     path = tmp_path / "plans.json"
     monkeypatch.setattr(cuda_linear, "tuned", lambda: path)
-    monkeypatch.setattr(cuda_linear, "ARCHITECTURES", {(9, 0): "sm_90"})
+    monkeypatch.setattr(cuda_linear, "CAPABILITIES", {(9, 0)})
     monkeypatch.setattr(cuda, "available", lambda capability: True)
     op = int8_linear.int8_linear
     case = int8_linear.Case("cuda", torch.bfloat16, 1, N, K, None, (9, 0))
