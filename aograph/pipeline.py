@@ -15,6 +15,7 @@ from torch.fx import Node
 from . import reproducer
 from .errors import AographError, PassError
 from .kernels import cuda
+from .kernels.fused_linear import FusedLinearOp
 from .kernels.op import OPS, Case, Op
 from .passes import PASSES, Pass
 from .program import Program, nbytes
@@ -108,13 +109,17 @@ def run(
 
 
 def packed_linears(program: Program) -> list[tuple[Op, Case]]:
-    """The linears that run on packed weights: the op of each, and the case that it is for one token."""
+    """The linears that run on packed weights: the op of each, and the case that it is for one token.
+
+    A fused one counts as the linear that it is of.
+    """
     ops = {op.overload: op for op in OPS.values()}
     found = []
     for node in program.graph.nodes:
         if op := ops.get(node.target):
             values = (each.meta["val"] if isinstance(each, Node) else each for each in node.args)
-            found.append((op, replace(op.case_of(*values), M=1)))
+            case = replace(op.case_of(*values), M=1, gated=False, normed=False)
+            found.append((op.base if isinstance(op, FusedLinearOp) else op, case))
     return found
 
 

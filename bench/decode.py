@@ -30,9 +30,11 @@ import gc
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -180,8 +182,13 @@ class Worker:
         }
 
 
-def serve(name: str, options: argparse.Namespace, pipe: Connection) -> None:
-    """The process of a contender: answers each order (method, arguments) with a dict, or with the text of an error."""
+def serve(name: str, options: argparse.Namespace, caches: str, pipe: Connection) -> None:
+    """The process of a contender: answers each order (method, arguments) with a dict, or with the text of an error.
+
+    caches: a folder for what Inductor and Triton compile, empty at first.
+    """
+    for variable, kind in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ[variable] = str(Path(caches, name, kind))
     worker: Worker | None = None
     with torch.no_grad():
         while True:
@@ -197,10 +204,10 @@ def serve(name: str, options: argparse.Namespace, pipe: Connection) -> None:
 class Contender:
     """The parent's end of a contender's process. One that has failed stays failed."""
 
-    def __init__(self, name: str, options: argparse.Namespace, processes: Any):
+    def __init__(self, name: str, options: argparse.Namespace, caches: str, processes: Any):
         self.name, self.failure = name, ""
         self.pipe, other = processes.Pipe()
-        self.process = processes.Process(target=serve, args=(name, options, other), daemon=True)
+        self.process = processes.Process(target=serve, args=(name, options, caches, other), daemon=True)
         self.process.start()
         other.close()  # so that the end of the process is the end of the pipe
 
@@ -287,7 +294,6 @@ def main(arguments: list[str] | None = None) -> None:
     # Contenders share the cores; each would start as many compilers as there are.
     threads = max(1, (os.cpu_count() or 1) // (1 if options.in_turn else len(options.contenders)))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
-    os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # of an earlier run: `compile s` is from nothing
     device = torch.device(options.device)
     about, limits = machine(device), ceilings(device)
     if device.type == "cuda":
@@ -296,7 +302,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps(about))
     print(f"ceilings: {limits}", flush=True)
     processes = multiprocessing.get_context("spawn")
-    contenders = [Contender(name, options, processes) for name in dict.fromkeys(options.contenders)]
+    caches = tempfile.mkdtemp(prefix="aograph-decode-")  # `compile s` is from nothing
+    contenders = [Contender(name, options, caches, processes) for name in dict.fromkeys(options.contenders)]
     rows: list[dict[str, Any]] = []
     base: dict[int, float] = {}
     try:
@@ -308,6 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         for each in contenders:
             each.end()
+        shutil.rmtree(caches, ignore_errors=True)
         print(table(rows))
 
 

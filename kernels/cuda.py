@@ -12,6 +12,7 @@ griddepcontrol.wait before it reads what that work writes, or writes what that w
 
 import contextlib
 import functools
+import struct
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,7 @@ __all__ = ["Kernel", "available", "boxes", "compile", "kernel"]
 
 OLDEST_DRIVER = 12, 4  # from 12.3 on graphs hold dependent launches, from 12.4 on a kernel tells its parameters
 LARGEST_CLUSTER = 8  # blocks: what every device that has clusters can do
-POINTER, INT, BOXES = 8, 4, 128  # bytes of a parameter
-KINDS = {POINTER: "a tensor there or None", INT: "an int", BOXES: "boxes"}
+POINTER, NUMBER, BOXES = 8, 4, 128  # bytes of a parameter
 INTS = range(-(1 << 31), 1 << 31)
 ITEMS = {1: "UINT8", 2: "UINT16", 4: "UINT32", 8: "UINT64"}  # of a matrix, by their bytes
 
@@ -133,8 +133,8 @@ class Kernel:
             end = driver.CUresult.CUDA_ERROR_INVALID_VALUE
             while (answer := driver.cuFuncGetParamInfo(self.function, len(self.sizes)))[0] != end:
                 self.sizes.append(_checked(answer, title)[1])
-        if not {*self.sizes} <= {POINTER, INT, BOXES}:
-            raise RuntimeError(f"{title} has parameters of {self.sizes} bytes; they must be pointers, ints and boxes")
+        if not {*self.sizes} <= {POINTER, NUMBER, BOXES}:
+            raise RuntimeError(f"{title} has parameters of {self.sizes} bytes; known are pointers, numbers and boxes")
         self.blocks_per_multiprocessor = functools.cache(self._blocks_per_multiprocessor)
         self._configuration = functools.lru_cache(maxsize=4096)(self._configure)
 
@@ -145,7 +145,7 @@ class Kernel:
         self,
         grid: tuple[int, int, int],
         threads: int,
-        arguments: tuple["Tensor | int | driver.CUtensorMap | None", ...],
+        arguments: tuple["Tensor | int | float | driver.CUtensorMap | None", ...],
         *,
         shared: int = 0,
         cluster: int = 1,
@@ -156,8 +156,8 @@ class Kernel:
         Args:
             grid: blocks along x, y, z.
             threads: of a block.
-            arguments: for each pointer a tensor, or None for the null pointer; for each int an int; for each
-                Matrix (of ptx.cuh) what `boxes` gives.
+            arguments: for each pointer a tensor, or None for the null pointer; for each int an int; for each float a
+                float; for each Matrix (of ptx.cuh) what `boxes` gives.
             shared: bytes of dynamic shared memory of a block.
             cluster: blocks along x that form a cluster, at most 8; more than 1 from capability 9.0 on.
             dependent: may start before the work ahead of it has ended (see the module); ignored before capability 9.0.
@@ -184,7 +184,7 @@ class Kernel:
         if answer[0]:
             _checked(answer, f"{self.title}, grid {grid}, {threads} threads, {shared} bytes, clusters of {cluster}")
 
-    def _word(self, argument: "Tensor | int | driver.CUtensorMap | None", size: int) -> int:
+    def _word(self, argument: "Tensor | int | float | driver.CUtensorMap | None", size: int) -> int:
         """What the driver reads `size` bytes of; of boxes, where they are."""
         if size == POINTER:
             if argument is None:
@@ -194,10 +194,12 @@ class Kernel:
         elif size == BOXES:
             if isinstance(argument, driver.CUtensorMap):
                 return int(argument.getPtr())
+        elif isinstance(argument, float):
+            return int.from_bytes(struct.pack("<f", argument), "little")
         elif isinstance(argument, int) and argument in INTS:
             return argument
         found = f"a tensor on {argument.device}" if isinstance(argument, Tensor) else repr(argument)
-        wanted = f"a tensor on cuda:{self.index} or None" if size == POINTER else "an int of 32 bits"
+        wanted = f"a tensor on cuda:{self.index} or None" if size == POINTER else "a number of 32 bits"
         raise ValueError(f"{self.title} takes {wanted}, not {found}")
 
     def _configure(self, grid, threads, shared, cluster, dependent, stream) -> "driver.CUlaunchConfig":

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from math import log
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Plan:
     """A kernel and its sizes; `blocks` of a cluster share K. The .cu files say what the other sizes are.
 
     small: stages, channels (64 for a panel of int4, 16 for a row of int8's), tokens (1, or 8 for a tile), warps.
-    wide: stages, channels, tokens, and the warps that multiply, each 16 or 32 channels.
+    wide: stages, channels, tokens, the warps that multiply, each 16 or 32 channels, and the batch of products.
     """
 
     kernel: str
@@ -41,18 +42,21 @@ class Plan:
     channels: int
     tokens: int
     warps: int
+    batch: int = 1
 
-    def defines(self, bits: int, group_size: int | None) -> dict[str, int]:
-        """The defines of the kernel, for weights of so many bits."""
+    def defines(self, bits: int, group_size: int | None, norm: bool = False, gated: bool = False) -> dict[str, int]:
+        """The defines of the kernel, for weights of so many bits; norm, gated: of a fused linear."""
         if self.kernel == "wide":
             values = {"TOKENS": self.tokens, "GROUPS": self.warps // 4, "TALL": self.channels // self.warps // 16}
-            values |= {"PRODUCERS": self.producers}
+            values |= {"PRODUCERS": self.producers, "BATCH": self.batch, "SPLIT": int(self.blocks > 1)}
         else:
             values = {
                 "TILES": max(self.tokens // 8, 1),
                 "WARPS": self.warps,
                 "ONE": int(self.tokens == 1),
                 "UNIT": UNIT,
+                "NORM": int(norm),
+                "GATED": int(gated),
             }
             values |= {"PANELS": self.channels // 64} if bits == 4 else {"ROWS": self.channels // 16}
         return {"STAGES": self.stages, **values, **({"GROUP": group_size} if bits == 4 else {})}
@@ -67,13 +71,22 @@ class Plan:
         return self.warps * 32 + self.producers
 
     def shared(self, bits: int, group_size: int | None) -> int:
-        """Bytes of shared memory: barriers, and the ring of stages or the sums that take its place at the end."""
+        """Bytes of shared memory: barriers, the ring of stages or the sums that take its place at the end, and behind
+        it, in the small kernel, what the blocks of a cluster bring each other; in the wide one, y of a tile."""
         unit = STEP if self.kernel == "wide" else UNIT
         stage = self.channels * (unit // 2 + max(unit // group_size, 1) * 4 if bits == 4 else unit)
         if self.kernel == "wide":
             stage = -(-(stage + self.tokens * 128) // 1024) * 1024
+            if self.blocks == 1:
+                return 1024 + self.stages * stage + self.tokens * self.channels * 2
             return 1024 + max(self.stages * stage, self.tokens * (self.channels + 8) * 4)
-        return 1024 + self.warps * max(self.stages * stage, self.tokens * self.channels * 4)
+        sums = self.tokens * self.channels * 4
+        parts = sums + 32 * self.blocks if self.blocks > 1 else 0  # slices of a cluster's sums are rounded up
+        return 2048 + self.warps * max(self.stages * stage, sums) + parts
+
+    def weighed(self, M: int, K: int) -> int:
+        """Bytes of shared memory that a block of the small kernel needs besides, where x is normalized."""
+        return M * (-(-K // UNIT // self.blocks) * UNIT + 32) * 2
 
     def fits(self, N: int, K: int, bits: int, group_size: int | None) -> bool:
         """Whether the kernel can run so, for this shape."""
@@ -86,8 +99,23 @@ def sizes(N: int, K: int) -> list[tuple[bool, str]]:
     return [(K % UNIT == 0, f"K is not a multiple of {UNIT}"), (N % 8 == 0, "N is not a multiple of 8")]
 
 
-def supports(case: Case, bits: int) -> bool | str:
-    """Whether these kernels take a case of `int4_linear` or `int8_linear`, and are what it runs fastest with."""
+class Around(NamedTuple):
+    """What a fused linear does besides the product; see fused_linear.py."""
+
+    norm: Tensor | None = None
+    eps: float = 0.0
+    residual: Tensor | None = None
+    gated: bool = False
+
+
+ALONE = Around()
+
+
+def supports(case: Case, bits: int, fused: bool = False) -> bool | str:
+    """Whether these kernels take a case of `int4_linear` or `int8_linear`, and are what it runs fastest with.
+
+    fused: a case of the fused op, of which only the small kernel has a form.
+    """
     here = need(
         (case.device == "cuda", "runs on CUDA only"),
         (case.capability in CAPABILITIES, "is written for compute capability 9.0"),
@@ -101,56 +129,108 @@ def supports(case: Case, bits: int) -> bool | str:
     if here is not True:
         return here
     chosen = plan(bits, case.M, case.N, case.K, case.group_size)
-    return chosen if isinstance(chosen, str) else True
+    if isinstance(chosen, str) or not fused:
+        return chosen if isinstance(chosen, str) else True
+    weighed = chosen.weighed(case.M or 0, case.K) if case.normed else 0
+    half = 64 if bits == 4 else 16  # channels that a block of the fused kernel has of the gate, or a multiple
+    return need(
+        (case.dtype is torch.bfloat16, "takes bf16 x only"),
+        (chosen.kernel == "small", "the kernel for so many tokens has no fused form"),
+        (weighed + chosen.shared(bits, case.group_size) <= SHARED, "x, normalized, does not fit into shared memory"),
+        (not case.gated or chosen.channels % (2 * half) == 0, "a block has too few channels for a gate"),
+        (not case.gated or case.N % (2 * half) == 0, f"half of N is not a multiple of {half}"),
+    )
 
 
-def linear(x: Tensor, q: Tensor, scales: Tensor, bias: Tensor | None, N: int, group_size: int | None) -> Tensor:
+def linear(
+    x: Tensor,
+    q: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    N: int,
+    group_size: int | None,
+    around: Around = ALONE,
+) -> Tensor:
     """y [M, N] in x's dtype; x [M, K] bf16 or fp16, contiguous, M ≥ 1; the weight as its op packs it.
 
-    group_size: None for int8. ValueError where `supports` says no.
+    group_size: None for int8. around: its tensors are contiguous; y is [M, N / 2] if it is gated. ValueError where
+    `supports` says no.
     """
     M, K = x.shape
     bits = 8 if group_size is None else 4
     chosen = plan(bits, M, N, K, group_size)
     if isinstance(chosen, str):
         raise ValueError(f"int{bits} weights [{N}, {K}] under x [{M}, {K}]: {chosen}")
-    return run(chosen, x, q, scales, bias, N, group_size)
+    return run(chosen, x, q, scales, bias, N, group_size, around)
 
 
 def run(
-    plan: Plan, x: Tensor, q: Tensor, scales: Tensor, bias: Tensor | None, N: int, group_size: int | None
+    plan: Plan,
+    x: Tensor,
+    q: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    N: int,
+    group_size: int | None,
+    around: Around = ALONE,
+    dependent: bool = True,
 ) -> Tensor:
-    """`linear`, by a plan that fits."""
+    """`linear`, by a plan that fits; ValueError where it has no fused form and one is asked for.
+
+    dependent: whether it may start before the kernel ahead of it has ended.
+    """
     (M, K), bits = x.shape, 8 if group_size is None else 4
-    y = x.new_empty(M, N)
-    x, q, scales = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (x, q, scales))  # copies are of 16 bytes
-    kernel, shared = _kernel(plan, bits, group_size, x.dtype, x.device)
-    grid = -(-N // plan.channels) * plan.blocks, -(-M // plan.tokens), 1
+    small = plan.kernel == "small"
+    if not small and around is not ALONE:
+        raise ValueError("the kernel for many tokens has no fused form")
+    norm, eps, residual, gated = around
+    y = x.new_empty(M, N // 2 if gated else N)
+    x, q, scales, norm = (  # copies are of 16 bytes
+        t if t is None or t.data_ptr() % 16 == 0 else t.clone() for t in (x, q, scales, norm)
+    )
+    kernel, shared, resident = _kernel(plan, bits, group_size, x.dtype, x.device, norm is not None, gated)
+    shared += plan.weighed(M, K) if norm is not None else 0
+    tiles = -(-N // plan.channels) * -(-M // plan.tokens)
+    blocks = tiles * plan.blocks if small or plan.blocks > 1 else min(tiles, resident)
     with torch.cuda.device_of(x):
-        matrices = _boxes(plan, x.data_ptr(), q.data_ptr(), scales.data_ptr(), M, N, K, group_size)
+        matrices = _boxes(plan, x.data_ptr(), q.data_ptr(), scales.data_ptr(), M, N, K, group_size, 1 + gated)
         tensors = (box or tensor for box, tensor in zip(matrices, (x, q, scales), strict=True))
-        kernel(grid, plan.threads, (*tensors, bias, y, M, N, K), shared=shared, cluster=plan.blocks)
+        if small:
+            rest = bias, norm, residual, y, eps, M, N, K
+        else:
+            of_y = y if plan.blocks > 1 else cuda.boxes(y.data_ptr(), (M, N), 2, (plan.tokens, 64), swizzle=128)
+            rest = bias, of_y, M, N, K
+        kernel((blocks, 1, 1), plan.threads, (*tensors, *rest), shared=shared, cluster=plan.blocks, dependent=dependent)
     return y
 
 
 @lru_cache(maxsize=4096)
-def _boxes(plan: Plan, x: int, q: int, scales: int, M: int, N: int, K: int, group_size: int | None) -> tuple:
-    """x, the codes and the scales at these addresses as boxes, where the kernel takes them so (see the .cu files)."""
+def _boxes(
+    plan: Plan, x: int, q: int, scales: int, M: int, N: int, K: int, group_size: int | None, halves: int
+) -> tuple:
+    """x, the codes and the scales at these addresses as boxes, where the kernel takes them so (see the .cu files).
+
+    halves: in how many the channels of a block are brought: 2 where y is gated.
+    """
     wide, P = plan.kernel == "wide", -(-N // 64)
     of_x = cuda.boxes(x, (M, K), 2, (plan.tokens, STEP), swizzle=128) if wide else None
     if group_size is None:
         width = STEP if wide else UNIT
-        return of_x, cuda.boxes(q, (N, K), 1, (plan.channels, width), swizzle=width), None
+        return of_x, cuda.boxes(q, (N, K), 1, (plan.channels // halves, width), swizzle=width), None
     of_q = cuda.boxes(q, (P, K * 4), 8, (plan.channels // 64, STEP * 4)) if wide else None
     groups = max((STEP if wide else UNIT) // group_size, 1)
-    return of_x, of_q, cuda.boxes(scales, (K // group_size, P * 64), 4, (groups, plan.channels))
+    return of_x, of_q, cuda.boxes(scales, (K // group_size, P * 64), 4, (groups, plan.channels // halves))
 
 
 @cache
-def _kernel(plan: Plan, bits: int, group_size: int | None, dtype: torch.dtype, device: torch.device):
-    defines = plan.defines(bits, group_size) | {"HALF": int(dtype is torch.float16)}
+def _kernel(
+    plan: Plan, bits: int, group_size: int | None, dtype: torch.dtype, device: torch.device, norm: bool, gated: bool
+):
+    defines = plan.defines(bits, group_size, norm, gated) | {"HALF": int(dtype is torch.float16)}
     kernel = cuda.kernel(f"{plan.kernel}_linear.cu", f"int{bits}_{plan.kernel}", device, **defines)
-    return kernel, plan.shared(bits, group_size)
+    shared = plan.shared(bits, group_size)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return kernel, shared, multiprocessors * kernel.blocks_per_multiprocessor(plan.threads, shared)
 
 
 # Plans ------------------------------------------------------------------------------------------------------------

@@ -67,14 +67,19 @@ class LinearOp(Op):
         """
         if x.dim() == 0 or x.shape[-1] != K or not x.is_floating_point():
             raise ValueError(f"{self.name}: x is {_words(x.dtype, x.shape)}; expected float [..., {K}]")
-        for name, tensor, dtype, *shapes in expected:
-            if tensor is None:
-                continue
-            if tensor.dtype is not dtype or tensor.shape not in shapes or tensor.device != x.device:
-                found = f"{_words(tensor.dtype, tensor.shape)} on {tensor.device}"
-                wanted = " or ".join([_words(dtype, shapes[0]), *(str(list(shape)) for shape in shapes[1:])])
-                raise ValueError(f"{self.name}: {name} is {found}; expected {wanted} on {x.device}")
+        fitting(self.name, x.device, *expected)
         return Case(x.device.type, x.dtype, prod(x.shape[:-1]), N, K, group_size, capability(x.device))
+
+
+def fitting(op: str, device: torch.device, *expected) -> None:
+    """Raises ValueError for the first argument of an op that is no None and not as expected; see `LinearOp.fit`."""
+    for name, tensor, dtype, *shapes in expected:
+        if tensor is None:
+            continue
+        if tensor.dtype is not dtype or tensor.shape not in shapes or tensor.device != device:
+            found = f"{_words(tensor.dtype, tensor.shape)} on {tensor.device}"
+            wanted = " or ".join([_words(dtype, shapes[0]), *(str(list(shape)) for shape in shapes[1:])])
+            raise ValueError(f"{op}: {name} is {found}; expected {wanted} on {device}")
 
 
 def matmul_by_blocks(

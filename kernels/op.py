@@ -24,7 +24,8 @@ class Case:
 
     device: "cpu", "cuda", "meta" …; dtype: of x; M: tokens, None when unknown; N: out features; K: in features;
     group_size: weights along K that share a scale, None for a whole row; capability: CUDA's (major, minor),
-    None when unknown or not CUDA.
+    None when unknown or not CUDA; of fused ops only: gated: the halves of the output are a gate and what it gates;
+    normed: x is normalized first.
     """
 
     device: str
@@ -34,6 +35,8 @@ class Case:
     K: int
     group_size: int | None = None
     capability: tuple[int, int] | None = None
+    gated: bool = False
+    normed: bool = False
 
 
 Supports = Callable[[Case], bool | str]

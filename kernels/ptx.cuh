@@ -28,13 +28,18 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
       "@!done bra again; }" ::"r"(barrier), "r"(phase) : "memory");
 }
 
-// What this thread has read from shared memory is there before a copy, started behind a later barrier, overwrites it.
-__device__ __forceinline__ void reads_before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// What this thread has read from shared memory or written to it comes before copies that start behind a later barrier.
+__device__ __forceinline__ void before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // What is read once leaves the L2 first.
 __device__ __forceinline__ u64 read_once() {
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ u64 read_again() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 // Addresses and size: multiples of 16 bytes.
@@ -59,6 +64,16 @@ __device__ __forceinline__ void copy_box(u32 to, const Matrix& from, int column,
       "[%4], %5;" ::"r"(to), "l"(&from), "r"(column), "r"(row), "r"(barrier), "l"(policy) : "memory");
 }
 
+// The box from shared memory to this column and row; nothing beyond the matrix. Copies back of a thread form groups.
+__device__ __forceinline__ void copy_box_back(u32 from, const Matrix& to, int column, int row) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&to), "r"(column),
+               "r"(row), "r"(from) : "memory");
+}
+__device__ __forceinline__ void copies_back_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// All of this thread's have left shared memory, or are in global memory.
+__device__ __forceinline__ void copies_back_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void copies_back_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // Grids that overlap in time (programmatic dependent launch) --------------------------------------------------
 
 __device__ __forceinline__ void wait_for_previous_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -76,6 +91,12 @@ __device__ __forceinline__ uint2 load_8(const void* p) {
   return v;
 }
 
+__device__ __forceinline__ u16 load_2(const void* p) {
+  u16 v;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  return v;
+}
+
 // Clusters ---------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int cluster_size() {
@@ -85,6 +106,34 @@ __device__ __forceinline__ int cluster_size() {
 }
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// That all blocks of the cluster have made their barriers, in two halves: each says that it has, and waits for the others.
+__device__ __forceinline__ void cluster_ready() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void add(float4& sum, float4 v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }
+// To this shared address of another block of the cluster, completing on its barrier.
+__device__ __forceinline__ void cluster_store(u32 address, u32 barrier, u32 rank, float4 v) {
+  asm volatile(
+      "{ .reg .b32 to, on;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\n"
+      "mapa.shared::cluster.u32 on, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, [on]; }" ::"r"(address),
+      "r"(barrier), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+__device__ __forceinline__ void cluster_store(u32 address, u32 barrier, u32 rank, float v) {
+  asm volatile(
+      "{ .reg .b32 to, on;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\n"
+      "mapa.shared::cluster.u32 on, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %3, [on]; }" ::"r"(address), "r"(barrier),
+      "r"(rank), "f"(v) : "memory");
+}
+// For what blocks of the cluster store here.
+__device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 phase) {
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again; }" ::"r"(barrier), "r"(phase) : "memory");
 }
 // The 4 floats that each block of the cluster has at this block's shared address, added in the order of the blocks.
 __device__ __forceinline__ float4 cluster_sum(u32 address, int blocks) {
@@ -100,7 +149,7 @@ __device__ __forceinline__ float4 cluster_sum(u32 address, int blocks) {
     }
   }
 #pragma unroll
-  for (int r = 1; r < 8; r++) v[0].x += v[r].x, v[0].y += v[r].y, v[0].z += v[r].z, v[0].w += v[r].w;
+  for (int r = 1; r < 8; r++) add(v[0], v[r]);
   return v[0];
 }
 
@@ -152,6 +201,15 @@ __device__ __forceinline__ u32 subtract2(u32 a, u32 b) {
   asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
 #else
   asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#endif
+  return d;
+}
+__device__ __forceinline__ u32 multiply2(u32 a, u32 b) {
+  u32 d;
+#if HALF
+  asm("mul.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#else
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
 #endif
   return d;
 }

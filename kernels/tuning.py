@@ -1,13 +1,15 @@
 """Measures which plan of the CUDA kernels, or dequantizing, is fastest for a shape: what `aograph tune` does.
 
 Every candidate is first checked against a product with the dequantized weight, then timed in a CUDA graph that reads
-another copy of the weight with each call, so that none is in the L2. The least time wins; a kernel that is wrong is an
-error, not a slow one. The GPU is torch's current one.
+another copy of the weight with each call, so that none is in the L2. No call starts before the one ahead has ended: in
+a model that is another kernel, and what is best where calls of one linear overlap is not best there. The least time
+wins; a kernel that is wrong is an error, not a slow one. The GPU is torch's current one.
 """
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -49,14 +51,14 @@ def candidates(bits: int, tokens: int) -> Iterator[Plan]:
     """What may be fastest for M up to `tokens`, for some shape."""
     if tokens <= 16:
         channels = (64, 128) if bits == 4 else (16, 32, 64)
-        for warps, stages, wide, blocks in product((4, 8), (2, 3, 4), channels, (1, 2, 4, 8)):
+        for warps, stages, wide, blocks in product((4, 8), (2, 3), channels, (1, 2, 4, 8)):
             yield Plan("small", blocks, stages, wide, tokens, warps)
     if tokens >= 16:
         shapes = (64, 4), (128, 4), (128, 8), (192, 12), (256, 8), (256, 16)  # channels, warps
-        for width, (wide, warps), stages, blocks in product((128, 256), shapes, (4, 6), (1, 2, 4, 8)):
+        for width, (wide, warps), stages, blocks, batch in product((128, 256), shapes, (4, 6), (1, 2, 4, 8), (1, 2)):
             width = min(width, tokens if width == 256 else tokens // 2)
             if width >= 16 and wide * width <= (4096 if warps <= 8 else 2048) * warps:  # registers
-                yield Plan("wide", blocks, stages, wide, width, warps)
+                yield Plan("wide", blocks, stages, wide, width, warps, batch)
 
 
 def fastest(
@@ -96,7 +98,8 @@ def fastest(
         ]
         compile_all(plans, bits, group_size)
         for plan in plans:
-            ways.append((plan, lambda q, s, x=x, plan=plan: cuda_linear.run(plan, x, q, s, None, N, group_size)))
+            run = partial(cuda_linear.run, plan, dependent=False)
+            ways.append((plan, lambda q, s, x=x, run=run: run(x, q, s, None, N, group_size)))
         times: list[tuple[float, int, Plan | None]] = []
         for i, (plan, way) in enumerate(ways):
             y = way(*copies[0])

@@ -2,15 +2,18 @@
 //
 // One thread brings x and the weight to shared memory, in boxes. Each consumer warpgroup turns the codes of its channels
 // into a half precision left operand in registers, a step of 16 k ahead of the tensor cores, which take x from shared
-// memory. The blocks of a cluster share K and add up their sums in a fixed order.
+// memory. Either a block works on tile after tile, and copies run ahead into the next one while y is written; or the
+// blocks of a cluster share K of one tile and add up their sums in a fixed order (SPLIT).
 //
 // Defines: HALF, TOKENS (of a block: 16, 32, 64, 128 or 256), GROUPS (consumer warpgroups), TALL (of 64 channels that each
-// computes: 1 or 2), STAGES (of 64 k), PRODUCERS (threads, of which one copies), and for int4 GROUP. Where two warpgroups
-// have more sums than they have registers, PRODUCERS is 128: only whole warpgroups give registers away.
+// computes: 1 or 2), SPLIT (0 or 1), STAGES (of 64 k), BATCH (1 or 2: products of 16 k that are issued together), PRODUCERS (threads, of
+// which one copies), and for int4 GROUP. Where two warpgroups have more sums than they have registers, PRODUCERS is 128:
+// only whole warpgroups give registers away.
 // Boxes, of a step of 64 k: of x TOKENS rows, swizzled by 128 bytes; of int8's q the block's channels, swizzled by 64
-// bytes; of int4's q the block's panels, of its scales the block's channels, as they are.
-// Grid: as many blocks for each 64 GROUPS TALL channels as a cluster has, along x; TOKENS along y. A cluster has at most as
-// many blocks as there are steps of 64 k.
+// bytes; of int4's q the block's panels, of its scales the block's channels, as they are. Of y: TOKENS rows of 64
+// channels, swizzled by 128 bytes.
+// Grid, along x: at most as many blocks as tiles of 64 GROUPS TALL channels and TOKENS tokens; if SPLIT, as many for each
+// tile as a cluster has, at most as many as there are steps of 64 k.
 
 #include "ptx.cuh"
 
@@ -82,15 +85,29 @@ __device__ __forceinline__ void product(float* d, const u32* a, u64 x, int add) 
 #else
 #define SCALES const u16* __restrict__
 #endif
+#if SPLIT
+#define RESULT u16*
+#else
+#define RESULT const __grid_constant__ Matrix
+#endif
+#define TOGETHER 8 // tiles of tokens that meet the same weights one after another, so that those are in the L2
 
 // q and scales as small_linear.cu has them; x [M, K], bias [N] or null -> y [M, N]; K % 64 = 0, N % 8 = 0
 extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1)
 KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALES scales, const u16* __restrict__ bias,
-       u16* y, int M, int N, int K) {
+       RESULT y, int M, int N, int K) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32 % 4, g = lane / 4, t = lane % 4;
-  const int blocks = cluster_size(), rank = blockIdx.x % blocks;
-  const int channel = blockIdx.x / blocks * CHANNELS, token = blockIdx.y * TOKENS;
+  const int blocks = SPLIT ? cluster_size() : 1, rank = blockIdx.x % blocks;
   const int steps = K / 64, begin = steps * rank / blocks, end = steps * (rank + 1) / blocks;
+  const int high_tiles = (M + TOKENS - 1) / TOKENS, tiles = high_tiles * ((N + CHANNELS - 1) / CHANNELS);
+  const int first_tile = blockIdx.x / blocks, stride = gridDim.x / blocks;
+  int channel, token; // of the tile
+  auto place = [&](int tile) {
+    const int before = tile / (tiles / high_tiles * TOGETHER) * TOGETHER, together = min(TOGETHER, high_tiles - before);
+    const int left = tile - before * (tiles / high_tiles);
+    channel = left / together * CHANNELS, token = (before + left % together) * TOKENS;
+  };
+  place(first_tile);
   const u32 full = shared_address(shared), empty = full + STAGES * 8, ring = full + BARRIERS;
   if (thread == 0) {
     for (int s = 0; s < STAGES; s++) {
@@ -100,13 +117,15 @@ KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALE
     barriers_ready();
   }
   __syncthreads();
+#if SPLIT
   float* sums = (float*)(shared + BARRIERS); // [TOKENS][PITCH], once all steps are done
+#endif
 
   if (thread >= CONSUMERS) { // -------------------------------------------------------------------------- producers
 #if PRODUCERS == 128
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
 #endif
-    const u64 policy = read_once();
+    const u64 policy = high_tiles > 1 ? read_again() : read_once();
     auto fetch_weight = [&](int step, int stage) {
       const u32 to = ring + stage * STAGE_BYTES + X_BYTES, barrier = full + stage * 8;
       barrier_expect(barrier, X_BYTES + CODE_BYTES + SCALE_BYTES);
@@ -122,11 +141,14 @@ KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALE
       wait_for_previous_grid();
       let_next_grid_start();
       int stage = 0, phase = 1;
-      for (int step = begin; step < end; step++) {
-        barrier_wait(empty + stage * 8, phase);
-        if (step >= begin + STAGES) fetch_weight(step, stage);
-        copy_box(ring + stage * STAGE_BYTES, x, step * 64, token, full + stage * 8);
-        if (++stage == STAGES) stage = 0, phase ^= 1;
+      for (int tile = first_tile; tile < tiles; tile += stride) {
+        place(tile);
+        for (int step = begin; step < end; step++) {
+          barrier_wait(empty + stage * 8, phase);
+          if (tile != first_tile || step >= begin + STAGES) fetch_weight(step, stage);
+          copy_box(ring + stage * STAGE_BYTES, x, step * 64, token, full + stage * 8);
+          if (++stage == STAGES) stage = 0, phase ^= 1;
+        }
       }
     }
   } else { // ------------------------------------------------------------------------------------------- consumers
@@ -143,57 +165,101 @@ KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALE
     const int low = group * 64 * TALL + warp * 16 + g, high = low + 8, next = 64;
 #endif
     float d[TALL][TOKENS / WIDTH][WIDTH / 2];
-    u32 a[2][TALL][4];
-    int stage = 0, phase = 0, before = -1;
-    for (int step = begin; step < end; step++) {
-      const u32 base = ring + stage * STAGE_BYTES;
-      const u64 xs = descriptor(base);
-      const u8* codes = shared + BARRIERS + stage * STAGE_BYTES + X_BYTES;
-      barrier_wait(full + stage * 8, phase);
+    u32 a[2][BATCH][TALL][4];
+    int stage = 0, phase = 0;
+    for (int tile = first_tile; tile < tiles; tile += stride) {
+      int before = -1;
+      for (int step = begin; step < end; step++) {
+        const u32 base = ring + stage * STAGE_BYTES;
+        const u64 xs = descriptor(base);
+        const u8* codes = shared + BARRIERS + stage * STAGE_BYTES + X_BYTES;
+        barrier_wait(full + stage * 8, phase);
 #ifdef GROUP
-      const u32* pairs = (const u32*)(codes + CODE_BYTES) + low;
-      u32 v[4], scale[TALL][2], zero[TALL][2];
+        const u32* pairs = (const u32*)(codes + CODE_BYTES) + low;
+        u32 v[4], scale[TALL][2], zero[TALL][2];
 #endif
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
+        for (int j = 0; j < 4; j++) {
+          u32(*operand)[4] = a[j / BATCH % 2][j % BATCH];
 #ifdef GROUP
-        if (j % 2 == 0) load_matrices_transposed(v, base + mine + j / 2 * 1024);
-        if (j % (4 / SPANS) == 0)
+          if (j % 2 == 0) load_matrices_transposed(v, base + mine + j / 2 * 1024);
+          if (j % (4 / SPANS) == 0)
 #pragma unroll
-          for (int i = 0; i < 2 * TALL; i++) {
-            const u32 pair = pairs[j / (4 / SPANS) * CHANNELS + i / 2 + i % 2 * 32];
-            scale[i / 2][i % 2] = permute(pair, 0, 0x1010), zero[i / 2][i % 2] = permute(pair, 0, 0x3232);
-          }
+            for (int i = 0; i < 2 * TALL; i++) {
+              const u32 pair = pairs[j / (4 / SPANS) * CHANNELS + i / 2 + i % 2 * 32];
+              scale[i / 2][i % 2] = permute(pair, 0, 0x1010), zero[i / 2][i % 2] = permute(pair, 0, 0x3232);
+            }
 #pragma unroll
-        for (int r = 0; r < TALL; r++)
+          for (int r = 0; r < TALL; r++)
 #pragma unroll
-          for (int i = 0; i < 4; i++) { // rows g, g + 8 and, 8 k further, again
-            const u32 code = v[j % 2 * 2 + i / 2] >> (TALL == 1 ? shift : r * 8) >> i % 2 * 4;
-            a[j % 2][r][i] = multiply_add2(from_int4(code), scale[r][i % 2], zero[r][i % 2]);
-          }
+            for (int i = 0; i < 4; i++) { // rows g, g + 8 and, 8 k further, again
+              const u32 code = v[j % 2 * 2 + i / 2] >> (TALL == 1 ? shift : r * 8) >> i % 2 * 4;
+              operand[r][i] = multiply_add2(from_int4(code), scale[r][i % 2], zero[r][i % 2]);
+            }
 #else
 #pragma unroll
-        for (int r = 0; r < TALL; r++)
+          for (int r = 0; r < TALL; r++)
 #pragma unroll
-          for (int i = 0; i < 4; i++) {
-            const u8* at = codes + (low + r * 64 + i % 2 * 8) * 64 + (j ^ g / 2) * 16 + i / 2 * 8 + t * 2;
-            a[j % 2][r][i] = from_int8(permute(*(const u16*)at, 0, 0x7170));
-          }
+            for (int i = 0; i < 4; i++) {
+              const u8* at = codes + (low + r * 64 + i % 2 * 8) * 64 + (j ^ g / 2) * 16 + i / 2 * 8 + t * 2;
+              operand[r][i] = from_int8(permute(*(const u16*)at, 0, 0x7170));
+            }
 #endif
-        operands_ready();
+          if ((j + 1) % BATCH) continue;
+          operands_ready();
 #pragma unroll
-        for (int r = 0; r < TALL; r++)
+          for (int k = j + 1 - BATCH; k <= j; k++)
 #pragma unroll
-          for (int i = 0; i < TOKENS / WIDTH; i++)
-            product(d[r][i], a[j % 2][r], xs + j * 2 + i * (WIDTH * 8), step > begin || j);
-        products_commit();
-        products_wait<1>(); // the step before, whose operand comes next
-        if (j == 0 && before >= 0 && lane == 0) barrier_arrive(empty + before * 8);
+            for (int r = 0; r < TALL; r++)
+#pragma unroll
+              for (int i = 0; i < TOKENS / WIDTH; i++)
+                product(d[r][i], a[k / BATCH % 2][k % BATCH][r], xs + k * 2 + i * (WIDTH * 8), step > begin || k);
+          products_commit();
+          products_wait<1>(); // the batch before, whose operands come next
+          if (j == BATCH - 1 && before >= 0 && lane == 0) barrier_arrive(empty + before * 8);
+        }
+        before = stage;
+        if (++stage == STAGES) stage = 0, phase ^= 1;
       }
-      before = stage;
-      if (++stage == STAGES) stage = 0, phase ^= 1;
+      products_wait<0>();
+#if !SPLIT
+      if (lane == 0) barrier_arrive(empty + before * 8);
+      place(tile);
+      u8* written = shared + BARRIERS + STAGES * STAGE_BYTES; // [block of 64 channels][token]
+      if (thread % 128 == 0) copies_back_read();              // the tile before has left
+      asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+#pragma unroll
+      for (int r = 0; r < TALL; r++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int c = (h ? high : low) + r * next, n = min(channel + c, N - 1);
+          const float shift = bias ? to_float(bias[n]) : 0;
+#ifdef GROUP
+          const float factor = 1;
+#else
+          const float factor = to_float(scales[n]);
+#endif
+#pragma unroll
+          for (int odd = 0; odd < 2; odd++) {
+            const int row = 2 * t + odd; // of 8
+            u8* to = written + c / 64 * (TOKENS * 128) + row * 128 + (c % 64 * 2 ^ row * 16);
+#pragma unroll
+            for (int i = 0; i < TOKENS; i += 8)
+              *(u16*)(to + i * 128) = to_half(fmaf(d[r][i / WIDTH][i % WIDTH / 2 + 2 * h + odd], factor, shift));
+          }
+        }
+      before_copies();
+      asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+      if (thread % 128 == 0) {
+        for (int r = group * TALL; r < (group + 1) * TALL; r++)
+          copy_box_back(shared_address(written) + r * (TOKENS * 128), y, channel + r * 64, token);
+        copies_back_commit();
+      }
+#endif
     }
-    products_wait<0>();
+#if !SPLIT
+    if (thread % 128 == 0) copies_back_done();
+#else
     asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
 #pragma unroll
     for (int r = 0; r < TALL; r++)
@@ -202,9 +268,10 @@ KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALE
 #pragma unroll
         for (int j = 0; j < WIDTH / 2; j++)
           sums[(i * WIDTH + j / 4 * 8 + 2 * t + j % 2) * PITCH + (j & 2 ? high : low) + r * next] = d[r][i][j];
+#endif
   }
-  if (blocks == 1) __syncthreads();
-  else cluster_sync();
+#if SPLIT
+  cluster_sync();
   const int rows = min(TOKENS, M - token), threads = CONSUMERS + PRODUCERS;
   for (int i = rank * threads + thread; i < rows * (CHANNELS / 8); i += blocks * threads) {
     const int row = i / (CHANNELS / 8), column = i % (CHANNELS / 8) * 8, n = channel + column;
@@ -212,8 +279,7 @@ KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALE
     u16 out[8];
 #pragma unroll
     for (int half = 0; half < 8; half += 4) {
-      float* at = sums + row * PITCH + column + half;
-      const float4 sum = blocks == 1 ? *(float4*)at : cluster_sum(shared_address(at), blocks);
+      const float4 sum = cluster_sum(shared_address(sums + row * PITCH + column + half), blocks);
       const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
       for (int j = 0; j < 4; j++) {
@@ -228,5 +294,6 @@ KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALE
     *(uint4*)(y + (size_t)(token + row) * N + n) =
         make_uint4(out[0] | out[1] << 16, out[2] | out[3] << 16, out[4] | out[5] << 16, out[6] | out[7] << 16);
   }
-  if (blocks > 1) cluster_sync(); // the others may still read this block's sums
+  cluster_sync(); // the others may still read this block's sums
+#endif
 }

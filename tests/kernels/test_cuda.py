@@ -237,10 +237,10 @@ def test_wrong_arguments_are_refused(kernel, x):
         ((x, y, 1, 1), "takes 3 arguments, not 4"),
         ((x.cpu(), y, 1), "a tensor on cuda:0 or None, not a tensor on cpu"),
         ((1, y, 1), "a tensor on cuda:0 or None, not 1"),
-        ((x, y, 1 << 31), "an int of 32 bits, not 2147483648"),
-        ((x, y, None), "an int of 32 bits, not None"),
-        ((x, y, 1.0), "an int of 32 bits, not 1.0"),
-        ((x, y, x), "an int of 32 bits, not a tensor on cuda:0"),
+        ((x, y, 1 << 31), "a number of 32 bits, not 2147483648"),
+        ((x, y, None), "a number of 32 bits, not None"),
+        ((x, y, "1"), "a number of 32 bits, not '1'"),
+        ((x, y, x), "a number of 32 bits, not a tensor on cuda:0"),
     ):
         with pytest.raises(ValueError, match=says):
             axpy((1, 1, 1), 32, arguments)

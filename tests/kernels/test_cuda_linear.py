@@ -18,12 +18,13 @@ PLANS = {
     ],
     "wide": [
         Plan("wide", 1, 4, 64, 16, 4),
-        Plan("wide", 2, 6, 192, 32, 12),
+        Plan("wide", 2, 6, 192, 32, 12, batch=2),
         Plan("wide", 4, 4, 128, 64, 8),
         Plan("wide", 8, 4, 256, 32, 8),
         Plan("wide", 1, 4, 128, 128, 4),
-        Plan("wide", 2, 4, 256, 128, 8),
+        Plan("wide", 2, 4, 256, 128, 8, batch=2),
         Plan("wide", 1, 4, 128, 256, 8),
+        Plan("wide", 1, 4, 128, 256, 8, batch=2),
     ],
 }
 BOTH = [pytest.param(plan, id=f"{name}-{i}") for name, plans in PLANS.items() for i, plan in enumerate(plans)]

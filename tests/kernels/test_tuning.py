@@ -28,7 +28,7 @@ def gpu(monkeypatch):
 def without_gpu(gpu, monkeypatch):
     """Kernels give what the op's reference gives; what ran is listed."""
 
-    def run(plan, x, q, scales, bias, N, group_size):
+    def run(plan, x, q, scales, bias, N, group_size, dependent):
         ran.append(plan)
         if group_size is None:
             return int8_linear.int8_linear.run(x, q, scales, bias, implementation="reference")
@@ -125,7 +125,9 @@ def test_the_least_time_is_chosen(best, bits, group_size, without_gpu, monkeypat
 @BOTH
 def test_a_kernel_that_is_wrong_is_an_error(bits, group_size, without_gpu, monkeypatch):
     right = cuda_linear.run
-    monkeypatch.setattr(cuda_linear, "run", lambda plan, *rest: right(plan, *rest) * (1.02 if plan == FOUR else 1))
+    monkeypatch.setattr(
+        cuda_linear, "run", lambda plan, *rest, **how: right(plan, *rest, **how) * (1.02 if plan == FOUR else 1)
+    )
     timed_as(monkeypatch, without_gpu, {None: 1.0, ONE: 1.0, FOUR: 1.0, WIDE: 1.0})
     wrong = rf"blocks=4.*wrong by 2.\de-02 for x \[1, {K}\] and int{bits} weights \[{N}, {K}\]"
     with pytest.raises(RuntimeError, match=wrong):
@@ -133,7 +135,7 @@ def test_a_kernel_that_is_wrong_is_an_error(bits, group_size, without_gpu, monke
 
 
 def test_a_kernel_that_gives_nan_is_an_error(without_gpu, monkeypatch):
-    monkeypatch.setattr(cuda_linear, "run", lambda plan, x, *_: x.new_full((x.shape[0], N), torch.nan))
+    monkeypatch.setattr(cuda_linear, "run", lambda plan, x, *_, **how: x.new_full((x.shape[0], N), torch.nan))
     timed_as(monkeypatch, without_gpu, {None: 1.0})
     with pytest.raises(RuntimeError, match="wrong by nan"):
         tuning.fastest(8, N, K, None, (1,) * len(TOKENS), lambda *_: None, device="cpu")
