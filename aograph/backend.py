@@ -123,10 +123,11 @@ def through_dynamo(error: AographError, frame: FrameType | None) -> Exception:
 
 
 def compiled(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    settings = {**options.inductor, **cached_as(options)}
+    settings: dict[str, Any] = {}
 
     def inductor(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return torch._inductor.compile(module, list(inputs), options=settings) if options.compile else module
+        every = {**settings, **options.inductor, **cached_as(options)}
+        return torch._inductor.compile(module, list(inputs), options=every) if options.compile else module
 
     if not any(isinstance(value, Tensor) for value in example_inputs):
         return inductor(graph_module, example_inputs)
@@ -149,6 +150,8 @@ def compiled(graph_module: GraphModule, example_inputs: Sequence[Any], options: 
             options.report(report)
         return inductor(graph_module, example_inputs)
     check_untrained(program)
+    if any(record.name == "fuse_around_linears" and record.matches for record in report.history):
+        settings["combo_kernels"] = True  # few tokens: kernels that take longer to start than to run start as one
     return lowered(dynamo, graph_module, example_inputs, report, options, inductor)
 
 

@@ -216,12 +216,14 @@ class Contender:
             with contextlib.suppress(BrokenPipeError):  # the answer will say so
                 self.pipe.send(order)
 
-    def answer(self) -> dict[str, Any]:
-        """What the last order gave; nothing after a failure."""
+    def answer(self, until: float = float("inf")) -> dict[str, Any]:
+        """What the last order gave; nothing after a failure, which it is not to answer until that time."""
         if self.failure:
             return {}
+        found: Any = "no answer in time"
         try:
-            found = self.pipe.recv()
+            if self.pipe.poll(max(until - time.monotonic(), 0) if until < float("inf") else None):
+                found = self.pipe.recv()
         except EOFError:
             self.process.join()
             found = f"the process ended with {self.process.exitcode}"
@@ -229,6 +231,7 @@ class Contender:
             return found
         self.failure = found
         print(f"{self.name}: error: {found}", file=sys.stderr, flush=True)
+        self.end()  # and what it holds
         return {}
 
     def end(self) -> None:
@@ -236,20 +239,26 @@ class Contender:
             self.process.terminate()
 
 
-def compiled(contenders: Sequence[Contender], batch: int, in_turn: bool) -> list[dict[str, Any]]:
+def compiled(contenders: Sequence[Contender], batch: int, in_turn: bool, patience: float) -> list[dict[str, Any]]:
     """What each contender says of its compilation for a batch."""
     if in_turn:
-        return [found for each in contenders for found in compiled([each], batch, False)]
+        return [found for each in contenders for found in compiled([each], batch, False, patience)]
     for each in contenders:
         each.order("compile", batch)
-    return [each.answer() for each in contenders]
+    until = time.monotonic() + patience
+    return [each.answer(until) for each in contenders]
 
 
 def compare(
-    contenders: Sequence[Contender], batch: int, in_turn: bool, limits: Ceilings, base: dict[int, float]
+    contenders: Sequence[Contender],
+    batch: int,
+    in_turn: bool,
+    patience: float,
+    limits: Ceilings,
+    base: dict[int, float],
 ) -> Iterator[dict[str, Any]]:
     """A row of each contender at a batch: all compile, then each measures. `base` gets the times of bf16."""
-    for each, first in zip(contenders, compiled(contenders, batch, in_turn), strict=True):
+    for each, first in zip(contenders, compiled(contenders, batch, in_turn, patience), strict=True):
         each.order("measure", limits)
         row = {"batch": batch, "what": each.name, **first, **each.answer()}
         if each.failure:
@@ -287,6 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--window", type=int, default=1024, help="tokens in the cache")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--in-turn", action="store_true", help="compile one contender after another")
+    parser.add_argument("--patience", type=float, default=600, help="seconds for a contender to compile for a batch")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures there")
     options = parser.parse_args(arguments)
 
@@ -308,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
     base: dict[int, float] = {}
     try:
         for batch in sorted(options.batch):
-            for row in compare(contenders, batch, options.in_turn, limits, base):
+            for row in compare(contenders, batch, options.in_turn, options.patience, limits, base):
                 rows.append(row)
                 print(json.dumps(row), flush=True)
                 write(options.json, about, limits, rows)

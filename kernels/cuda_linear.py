@@ -24,7 +24,8 @@ from .op import Case, need
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1 << 24)  # a plan holds up to so many
 CAPABILITIES = {(9, 0)}  # wgmma is of this generation alone
-SHARED = 232448  # bytes of shared memory that a block can have
+SHARED = 232448  # bytes of shared memory that a block can have,
+OF_MULTIPROCESSOR, RESERVED = 233472, 1024  # that its blocks share, and that each takes besides
 STEP, UNIT = 64, 128  # k of a stage of the wide and the small kernel
 
 
@@ -188,10 +189,13 @@ def run(
     x, q, scales, norm = (  # copies are of 16 bytes
         t if t is None or t.data_ptr() % 16 == 0 else t.clone() for t in (x, q, scales, norm)
     )
-    kernel, shared, resident = _kernel(plan, bits, group_size, x.dtype, x.device, norm is not None, gated)
-    shared += plan.weighed(M, K) if norm is not None else 0
-    tiles = -(-N // plan.channels) * -(-M // plan.tokens)
-    blocks = tiles * plan.blocks if small or plan.blocks > 1 else min(tiles, resident)
+    kernel = _kernel(plan, bits, group_size, x.dtype, x.device, norm is not None, gated)
+    shared = plan.shared(bits, group_size) + (plan.weighed(M, K) if norm is not None else 0)
+    blocks = -(-N // plan.channels) * -(-M // plan.tokens) * plan.blocks
+    if not small and plan.blocks == 1:
+        multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        blocks = min(blocks, multiprocessors * kernel.blocks_per_multiprocessor(plan.threads, shared))
+        shared = max(shared, _no_more_than(-(-blocks // multiprocessors)))
     with torch.cuda.device_of(x):
         matrices = _boxes(plan, x.data_ptr(), q.data_ptr(), scales.data_ptr(), M, N, K, group_size, 1 + gated)
         tensors = (box or tensor for box, tensor in zip(matrices, (x, q, scales), strict=True))
@@ -227,10 +231,15 @@ def _kernel(
     plan: Plan, bits: int, group_size: int | None, dtype: torch.dtype, device: torch.device, norm: bool, gated: bool
 ):
     defines = plan.defines(bits, group_size, norm, gated) | {"HALF": int(dtype is torch.float16)}
-    kernel = cuda.kernel(f"{plan.kernel}_linear.cu", f"int{bits}_{plan.kernel}", device, **defines)
-    shared = plan.shared(bits, group_size)
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return kernel, shared, multiprocessors * kernel.blocks_per_multiprocessor(plan.threads, shared)
+    return cuda.kernel(f"{plan.kernel}_linear.cu", f"int{bits}_{plan.kernel}", device, **defines)
+
+
+def _no_more_than(blocks: int) -> int:
+    """Bytes of shared memory with which no multiprocessor takes more than so many blocks of a grid.
+
+    A grid that starts while the one ahead ends would pile up where there is room first.
+    """
+    return OF_MULTIPROCESSOR // (blocks + 1) - RESERVED + 16
 
 
 # Plans ------------------------------------------------------------------------------------------------------------

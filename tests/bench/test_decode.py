@@ -42,7 +42,7 @@ class Replies:
         if not self.failure:
             self.orders.append(order[0])
 
-    def answer(self):
+    def answer(self, until=None):
         if self.failure:
             return {}
         found = self.answers.pop(0)
@@ -57,7 +57,7 @@ def test_contenders_are_compared_and_failures_stay():
     broken = Replies("torchao-int4", "no device")
     hopeless = Replies("torchao-int8", {}, slow)
     contenders, base = [bf16, ours, broken, hopeless], {}
-    rows = [row for batch in (1, 4) for row in decode.compare(contenders, batch, False, LIMITS, base)]
+    rows = [row for batch in (1, 4) for row in decode.compare(contenders, batch, False, 9, LIMITS, base)]
     assert [row.get("x bf16") for row in rows[:3]] == [1.0, 2.0, None]
     assert rows[1]["compile s"] == 1
     assert rows[2]["failure"] == rows[6]["failure"] == "no device"
@@ -74,31 +74,55 @@ def test_in_turn_each_ends_before_the_next_begins():
         def order(self, *order):
             log.append((self.name, "order"))
 
-        def answer(self):
+        def answer(self, until=None):
             log.append((self.name, "answer"))
             return {}
 
-    decode.compiled([Logged("a"), Logged("b")], 1, in_turn=True)
+    decode.compiled([Logged("a"), Logged("b")], 1, True, 9)
     assert log == [("a", "order"), ("a", "answer"), ("b", "order"), ("b", "answer")]
 
 
-def test_a_process_that_dies_is_a_failure(capsys):
-    class Dead:
+def contender(pipe, alive: bool):
+    class Process:
         exitcode = -9
 
         def join(self):
             pass
 
+        def is_alive(self):
+            return alive
+
+        def terminate(self):
+            self.terminated = True
+
+    found = decode.Contender.__new__(decode.Contender)
+    found.name, found.failure, found.pipe, found.process = "int4wo", "", pipe, Process()
+    return found
+
+
+def test_a_process_that_dies_is_a_failure(capsys):
     class Ended:
+        def poll(self, timeout):
+            return True
+
         def recv(self):
             raise EOFError
 
         def send(self, order):
             raise BrokenPipeError
 
-    contender = decode.Contender.__new__(decode.Contender)
-    contender.name, contender.failure, contender.pipe, contender.process = "int4wo", "", Ended(), Dead()
-    contender.order("compile", 1)
-    assert contender.answer() == {}
-    assert contender.failure == "the process ended with -9"
+    dead = contender(Ended(), alive=False)
+    dead.order("compile", 1)
+    assert dead.answer() == {}
+    assert dead.failure == "the process ended with -9"
     assert "int4wo" in capsys.readouterr().err
+
+
+def test_a_process_that_does_not_answer_in_time_is_ended():
+    class Silent:
+        def poll(self, timeout):
+            return False
+
+    late = contender(Silent(), alive=True)
+    assert late.answer(until=0.0) == {}
+    assert late.failure == "no answer in time" and late.process.terminated

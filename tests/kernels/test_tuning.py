@@ -28,7 +28,7 @@ def gpu(monkeypatch):
 def without_gpu(gpu, monkeypatch):
     """Kernels give what the op's reference gives; what ran is listed."""
 
-    def run(plan, x, q, scales, bias, N, group_size, dependent):
+    def run(plan, x, q, scales, bias, N, group_size, dependent=True):
         ran.append(plan)
         if group_size is None:
             return int8_linear.int8_linear.run(x, q, scales, bias, implementation="reference")
@@ -163,6 +163,7 @@ def forgotten():
 
 def test_what_is_kept_counts_at_once(monkeypatch, tmp_path, forgotten):
     path = tmp_path / "plans.json"
+    monkeypatch.setattr(cuda_linear, "shipped", lambda: tmp_path / "none.json")
     monkeypatch.setattr(cuda_linear, "tuned", lambda: path)
     monkeypatch.setattr(cuda_linear, "CAPABILITIES", {(9, 0)})
     monkeypatch.setattr(cuda, "available", lambda capability: True)
