@@ -2,9 +2,8 @@
 
 `small_linear.cu` reads the weight as fast as memory gives it, for few tokens; `wide_linear.cu` feeds the tensor cores,
 for more. What is best for a shape is measured: `aograph tune` finds the plans of some shapes for each number of
-tokens (the upper ends of TOKENS) and keeps them in the cache folder; other shapes take those of the nearest.
-`tuned/sm_90.json` is for plans that come with the package: none so far, so that only tuning brings these kernels into
-use. Nothing is measured at run time.
+tokens (the upper ends of TOKENS) and keeps them in the cache folder, ahead of those that come with the package
+(`tuned/sm_90.json`, from an H200); other shapes take those of the nearest. Nothing is measured at run time.
 """
 
 import json
