@@ -74,6 +74,8 @@ def swap(program: Program, site: Site, packing: Packing, *rest: Any, group_size:
     the same scheme share what is packed.
     """
     op, weight, like = packing.op, Expression.of(site.weight), site.weight.meta["val"]
+    dtype, on = site.x.meta["val"].dtype, like.device
+    case = Case(on.type, dtype, None, site.N, site.K, group_size, capability(on))  # before the site has a packed weight
     kind = f"{op.name}|{site.scheme}"
     key = f"{kind}|{weight}"
     with like.fake_mode:
@@ -91,8 +93,6 @@ def swap(program: Program, site: Site, packing: Packing, *rest: Any, group_size:
         site.node = program.graph.call_function(op.overload, (x, *constants, *rest, bias))
 
     before, after = nbytes(like), sum(map(nbytes, fakes))
-    device = like.device
-    case = Case(device.type, x.meta["val"].dtype, None, site.N, site.K, group_size, capability(device))
     for row in site.rows:
         row.outcome, row.scheme = REWRITTEN, str(site.scheme)
         row.kernel = op.plan(case, *row.shape.bounds)

@@ -41,6 +41,14 @@ def test_group_sizes(group_size, algorithm, bias, dynamic):
     torch.testing.assert_close(outputs(program, X)[0], F.linear(X, unpacked, b), rtol=1e-4, atol=1e-4)
 
 
+def test_the_kernel_of_the_report_is_chosen_for_the_linear_not_its_panels(monkeypatch):
+    asked = []
+    monkeypatch.setattr(int4_linear.int4_linear, "plan", lambda case, lo, hi: asked.append(case) or "any")
+    program = rewritten(lambda m, x: F.linear(x, m.w), X, recipe=Int4WeightOnly(64), w=W)
+    assert program.rows[0].kernel == "any"
+    assert [(case.N, case.K, case.group_size) for case in asked] == [(48, 128, 64)]
+
+
 @pytest.mark.parametrize(
     "K, group_size, note",
     [
