@@ -150,8 +150,7 @@ def compiled(graph_module: GraphModule, example_inputs: Sequence[Any], options: 
             options.report(report)
         return inductor(graph_module, example_inputs)
     check_untrained(program)
-    if any(record.name == "fuse_around_linears" and record.matches for record in report.history):
-        settings["combo_kernels"] = True  # few tokens: kernels that take longer to start than to run start as one
+    settings |= suited(report)
     return lowered(dynamo, graph_module, example_inputs, report, options, inductor)
 
 
@@ -218,6 +217,24 @@ def check_untrained(program: Program) -> None:
             "model under torch.no_grad(), freeze them with requires_grad_(False), or exclude them with a rule such as "
             f"{trained[0].removesuffix('.weight')}:none"
         )
+
+
+def suited(report: Report) -> dict[str, Any]:
+    """Settings of Inductor that suit a graph of this report."""
+    few_tokens = any(record.name == "fuse_around_linears" and record.matches for record in report.history)
+    return {"combo_kernels": True} if few_tokens else {}  # what takes longer to start than to run starts as one
+
+
+def joined(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's options of `torch.compile` over settings of Inductor.
+
+    A mode becomes options, as torch takes one of the two.
+    """
+    if not settings or options.get("backend", "inductor") != "inductor":
+        return dict(options)
+    preset = torch._inductor.list_mode_options(options["mode"]) if options.get("mode") else {}
+    rest = {key: value for key, value in options.items() if key != "mode"}
+    return {**rest, "options": {**settings, **preset, **(options.get("options") or {})}}
 
 
 def autocast(graph_module: GraphModule) -> bool:

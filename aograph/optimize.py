@@ -141,7 +141,9 @@ class OptimizedModule(nn.Module):
         captured.program.graph_module.recompile()
         run: Callable = captured.program.graph_module
         if self._compile_options is not None:
-            run = torch.compile(run, **self._compile_options)
+            from .backend import joined, suited  # it imports Inductor, which takes a while
+
+            run = torch.compile(run, **joined(self._compile_options, suited(report)))
         self.report = self.report or report
         self._captures[self._count] = self._kinds(flat, spec), captured, run
         self._count += 1

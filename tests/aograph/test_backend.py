@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 
 import aograph
 from aograph import InputError, RecipeError, WeightError
-from aograph.backend import Options, cache_key
+from aograph.backend import Options, cache_key, joined, suited
+from aograph.report import PassRecord, Report
 from tests.small_models import MLP, Tied
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -353,3 +354,40 @@ def test_every_part_changes_the_key(monkeypatch):
     assert len(keys) == 8
     unnamed = Options.of(None, {"recipe": [aograph.Rule(aograph.Int8WeightOnly(), shape=lambda shape: shape.N > 8)]})
     assert cache_key(unnamed) != cache_key(unnamed)  # a function has no text: never a wrong hit
+
+
+def report(matches):
+    return Report(history=[PassRecord("fuse_around_linears", "lower", matches, bool(matches), 0.0, 0.0)])
+
+
+def test_small_kernels_start_as_one_where_tokens_are_few():
+    assert suited(Report()) == suited(report(0)) == {}
+    assert suited(report(2)) == {"combo_kernels": True}
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, {"options": {"combo_kernels": True}}),
+        ({"mode": "default"}, {"options": {"combo_kernels": True}}),
+        ({"mode": "reduce-overhead"}, {"options": {"combo_kernels": True, "triton.cudagraphs": True}}),
+        (
+            {"dynamic": False, "options": {"combo_kernels": False}},
+            {"dynamic": False, "options": {"combo_kernels": False}},
+        ),
+        ({"backend": "eager"}, {"backend": "eager"}),
+    ],
+)
+def test_settings_join_the_users_options(options, expected):
+    assert joined(options, suited(report(1))) == expected
+    assert joined(options, suited(report(0))) == options
+
+
+@torch.no_grad()
+def test_settings_reach_inductor(monkeypatch):
+    seen = []
+    monkeypatch.setattr("aograph.backend.suited", lambda report: {"combo_kernels": True})
+    monkeypatch.setattr(torch._inductor, "compile", lambda module, inputs, options: seen.append(options) or module)
+    torch.compile(MLP().eval(), backend="aograph", options={"recipe": "int8wo"})(X)
+    torch.compile(MLP().eval(), backend="aograph", options={"recipe": "int8wo", "combo_kernels": False})(X)
+    assert [options["combo_kernels"] for options in seen] == [True, False]
