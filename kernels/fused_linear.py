@@ -69,7 +69,7 @@ class FusedLinearOp(Op):
     def whole(self, x: Tensor, *args) -> Tensor:
         """One kernel."""
         q, scales, *_, bias, norm, eps, residual, gated = args
-        case = self.case_of(x, *args)
+        case = self.known_case(x, *args)
         rows = x.reshape(-1, case.K).contiguous()
         around = cuda_linear.Around(norm, eps, None if residual is None else residual.contiguous(), gated)
         group_size = case.group_size if self.bits == 4 else None
@@ -77,7 +77,7 @@ class FusedLinearOp(Op):
         return y.view(*x.shape[:-1], y.shape[1])
 
     def run(self, *args, implementation: str | None = None) -> Tensor:
-        case = self.case_of(*args)
+        case = self.known_case(*args)
         choice = self[implementation] if implementation else self.choose(case)
         return self.apply(choice if case.M else self.oracle, *args)
 

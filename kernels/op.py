@@ -16,6 +16,7 @@ from torch import Tensor
 
 OPS: dict[str, "Op"] = {}
 ENDLESS = 1 << 24  # tokens: what an unbounded M is probed up to
+REMEMBERED = 4096  # cases of an op
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class Op:
         torch.library.define(self.qualified_name, signature, tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(self.qualified_name, "default", self.run)
         self.overload = getattr(torch.ops.aograph, self.registered).default
-        self.choose = lru_cache(maxsize=4096)(self._choose)
+        self.choose = lru_cache(maxsize=REMEMBERED)(self._choose)
+        self.cases: dict[tuple, Case] = {}
         OPS[self.registered] = self
 
     def __repr__(self) -> str:
@@ -145,7 +147,17 @@ class Op:
 
     def run(self, *args, implementation: str | None = None) -> Tensor:
         """Compute the op by the implementation chosen for these arguments, or by the one that is named."""
-        return self.apply(self[implementation] if implementation else self.choose(self.case_of(*args)), *args)
+        return self.apply(self[implementation] if implementation else self.choose(self.known_case(*args)), *args)
+
+    def known_case(self, *args) -> Case:
+        """`case_of` real arguments, remembered by what it may depend on: checking them takes longer than a launch."""
+        key = tuple([(each.shape, each.dtype, each.device) if isinstance(each, Tensor) else each for each in args])
+        case = self.cases.get(key)
+        if case is None:
+            if len(self.cases) >= REMEMBERED:
+                self.cases.clear()
+            case = self.cases[key] = self.case_of(*args)
+        return case
 
     def apply(self, choice: Implementation, *args) -> Tensor:
         """Compute the op by one of its implementations."""

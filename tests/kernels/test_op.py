@@ -48,6 +48,33 @@ def test_the_first_that_supports_the_arguments_runs(op):
         op.run(torch.zeros(2), implementation="fast")
 
 
+def test_cases_are_remembered_by_what_they_depend_on(monkeypatch):
+    asked = []
+
+    def case(x, factor, y=None):
+        asked.append((x.shape, factor))
+        if factor < 0:
+            raise ValueError("factor")
+        return replace(CASE, M=x.shape[0], dtype=x.dtype)
+
+    op = Op("test_known(Tensor x, int factor, Tensor? y=None) -> Tensor")
+    op.case(case)
+    try:
+        x, y = torch.ones(3), torch.ones(2)
+        assert op.known_case(x, 1, None) is op.known_case(x + 1, 1, None) and len(asked) == 1
+        for other in ((y, 1, None), (x, 2, None), (x, 1, y), (x.double(), 1, None), (x.to("meta"), 1, None)):
+            before = len(asked)
+            assert op.known_case(*other).dtype is other[0].dtype and len(asked) == before + 1
+        for _ in range(2):  # an error is none
+            with pytest.raises(ValueError, match="factor"):
+                op.known_case(x, -1, None)
+        monkeypatch.setattr("aograph.kernels.op.REMEMBERED", 2)
+        op.known_case(x, 5, None)
+        assert len(op.cases) == 1
+    finally:
+        del OPS["test_known"]
+
+
 def test_what_runs_without_the_package(op):
     """The first that is standalone and takes both ends of the range."""
     assert op.standalone(CASE, 1, 4).name == op.standalone(CASE, 0, 20).name == "middle"
