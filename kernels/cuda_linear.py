@@ -88,6 +88,17 @@ class Plan:
         """Bytes of shared memory that a block of the small kernel needs besides, where x is normalized."""
         return M * (-(-K // UNIT // self.blocks) * UNIT + 32) * 2
 
+    def fuses(self, bits: int, M: int, N: int, K: int, group_size: int | None, normed: bool, gated: bool) -> bool | str:
+        """True where the kernel has a form that normalizes x, gates y or adds a residual, else why not."""
+        room = SHARED - self.shared(bits, group_size)
+        half = 64 if bits == 4 else 16  # channels that a block of the fused kernel has of the gate, or a multiple
+        return need(
+            (self.kernel == "small", "the kernel for so many tokens has no fused form"),
+            (not normed or self.weighed(M, K) <= room, "x, normalized, does not fit into shared memory"),
+            (not gated or self.channels % (2 * half) == 0, "a block has too few channels for a gate"),
+            (not gated or N % (2 * half) == 0, f"half of N is not a multiple of {half}"),
+        )
+
     def fits(self, N: int, K: int, bits: int, group_size: int | None) -> bool:
         """Whether the kernel can run so, for this shape."""
         taken = all(holds for holds, _ in sizes(N, K))
@@ -129,17 +140,13 @@ def supports(case: Case, bits: int, fused: bool = False) -> bool | str:
     if here is not True:
         return here
     chosen = plan(bits, case.M, case.N, case.K, case.group_size)
-    if isinstance(chosen, str) or not fused:
-        return chosen if isinstance(chosen, str) else True
-    weighed = chosen.weighed(case.M or 0, case.K) if case.normed else 0
-    half = 64 if bits == 4 else 16  # channels that a block of the fused kernel has of the gate, or a multiple
-    return need(
-        (case.dtype is torch.bfloat16, "takes bf16 x only"),
-        (chosen.kernel == "small", "the kernel for so many tokens has no fused form"),
-        (weighed + chosen.shared(bits, case.group_size) <= SHARED, "x, normalized, does not fit into shared memory"),
-        (not case.gated or chosen.channels % (2 * half) == 0, "a block has too few channels for a gate"),
-        (not case.gated or case.N % (2 * half) == 0, f"half of N is not a multiple of {half}"),
-    )
+    if isinstance(chosen, str):
+        return chosen
+    if not fused:
+        return True
+    if case.dtype is not torch.bfloat16:
+        return "takes bf16 x only"
+    return chosen.fuses(bits, case.M or 0, case.N, case.K, case.group_size, case.normed, case.gated)
 
 
 def linear(
@@ -159,6 +166,9 @@ def linear(
     M, K = x.shape
     bits = 8 if group_size is None else 4
     chosen = plan(bits, M, N, K, group_size)
+    if isinstance(chosen, Plan) and around is not ALONE:
+        fuses = chosen.fuses(bits, M, N, K, group_size, around.norm is not None, around.gated)
+        chosen = fuses if isinstance(fuses, str) else chosen
     if isinstance(chosen, str):
         raise ValueError(f"int{bits} weights [{N}, {K}] under x [{M}, {K}]: {chosen}")
     return run(chosen, x, q, scales, bias, N, group_size, around)
@@ -175,14 +185,12 @@ def run(
     around: Around = ALONE,
     dependent: bool = True,
 ) -> Tensor:
-    """`linear`, by a plan that fits; ValueError where it has no fused form and one is asked for.
+    """`linear`, by a plan that fits, and fuses what is around.
 
     dependent: whether it may start before the kernel ahead of it has ended.
     """
     (M, K), bits = x.shape, 8 if group_size is None else 4
     small = plan.kernel == "small"
-    if not small and around is not ALONE:
-        raise ValueError("the kernel for many tokens has no fused form")
     norm, eps, residual, gated = around
     y = x.new_empty(M, N // 2 if gated else N)
     x, q, scales, norm = (  # copies are of 16 bytes

@@ -166,6 +166,27 @@ def test_what_is_not_taken_is_said(change, reason):
     assert re.search(reason, cuda_linear.supports(replace(case, **change), 4))
 
 
+@pytest.mark.parametrize(
+    "plan, M, N, K, normed, gated, reason",
+    [
+        (Plan("small", 1, 2, 128, 8, 4), 8, 256, 4096, True, True, None),
+        (Plan("small", 1, 2, 64, 8, 4), 8, 256, 4096, True, False, None),
+        (Plan("wide", 1, 4, 128, 16, 4), 16, 256, 4096, False, False, "no fused form"),
+        (Plan("small", 1, 2, 64, 16, 4), 16, 256, 8192, True, False, "does not fit into shared memory"),
+        (Plan("small", 1, 2, 64, 8, 4), 8, 256, 4096, False, True, "too few channels for a gate"),
+        (Plan("small", 1, 2, 128, 8, 4), 8, 192, 4096, False, True, "half of N is not a multiple of 64"),
+    ],
+)
+def test_what_a_plan_fuses(plan, M, N, K, normed, gated, reason, monkeypatch):
+    found = plan.fuses(4, M, N, K, 64, normed, gated)
+    assert found is True if reason is None else reason in found
+    if reason:
+        monkeypatch.setattr(cuda_linear, "plan", lambda *shape: plan)
+        x, norm = torch.ones(M, K), torch.ones(K) if normed else None
+        with pytest.raises(ValueError, match=rf"int4 weights \[{N}, {K}\] under x \[{M}, {K}\]: .*{reason}"):
+            cuda_linear.linear(x, x, x, None, N, 64, cuda_linear.Around(norm, 1e-5, None, gated))
+
+
 @pytest.mark.parametrize("bits, group_size", [(4, 32), (4, 256), (8, None)])
 def test_plans_compile(bits, group_size):
     """Of each number of tokens one that tuning may choose."""
