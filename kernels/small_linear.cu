@@ -216,7 +216,8 @@ int4_small(const u16* x, const u8* __restrict__ q, const __grid_constant__ Matri
       }
 #pragma unroll
       for (int h = 0; h < HALVES; h++)
-        copy_box(to + CODE_BYTES + h * (SPANS * IN_HALF * 256), scale_zero, (panel + h * P) * 64, unit * UNIT / GROUP, barrier, policy);
+        copy_box(to + CODE_BYTES + h * (SPANS * IN_HALF * 256), scale_zero, (panel + h * P) * 64, unit * UNIT / GROUP,
+                 barrier, policy);
     });
   } else {
     // Which k goes where in a tile is free if x agrees: here so that a thread reads 8 neighbours of x at a time, and

@@ -1,14 +1,14 @@
 // y = x @ W.T + bias on packed weights, for tokens enough to fill wgmma: the time is that of the tensor cores.
 //
 // One thread brings x and the weight to shared memory, in boxes. Each consumer warpgroup turns the codes of its channels
-// into a half precision left operand in registers, a step of 16 k ahead of the tensor cores, which take x from shared
+// into a half precision left operand in registers, a batch of products ahead of the tensor cores, which take x from shared
 // memory. Either a block works on tile after tile, and copies run ahead into the next one while y is written; or the
 // blocks of a cluster share K of one tile and add up their sums in a fixed order (SPLIT).
 //
 // Defines: HALF, TOKENS (of a block: 16, 32, 64, 128 or 256), GROUPS (consumer warpgroups), TALL (of 64 channels that each
-// computes: 1 or 2), SPLIT (0 or 1), STAGES (of 64 k), BATCH (1 or 2: products of 16 k that are issued together), PRODUCERS (threads, of
-// which one copies), and for int4 GROUP. Where two warpgroups have more sums than they have registers, PRODUCERS is 128:
-// only whole warpgroups give registers away.
+// computes: 1 or 2), SPLIT (0 or 1), STAGES (of 64 k), BATCH (1 or 2: products of 16 k that are issued together),
+// PRODUCERS (threads, of which one copies), and for int4 GROUP. Where two warpgroups have more sums than they have
+// registers, PRODUCERS is 128: only whole warpgroups give registers away.
 // Boxes, of a step of 64 k: of x TOKENS rows, swizzled by 128 bytes; of int8's q the block's channels, swizzled by 64
 // bytes; of int4's q the block's panels, of its scales the block's channels, as they are. Of y: TOKENS rows of 64
 // channels, swizzled by 128 bytes.
