@@ -21,6 +21,7 @@ from . import cache as files
 from . import cuda
 from .op import Case, need
 
+BITS = {torch.uint8: 4, torch.int8: 8}  # of the codes of a packed weight
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1 << 24)  # a plan holds up to so many
 CAPABILITIES = {(9, 0)}  # wgmma is of this generation alone
 SHARED = 232448  # bytes of shared memory that a block can have,
@@ -59,7 +60,7 @@ class Plan:
                 "GATED": int(gated),
             }
             values |= {"PANELS": self.channels // 64} if bits == 4 else {"ROWS": self.channels // 16}
-        return {"STAGES": self.stages, **values, **({"GROUP": group_size} if bits == 4 else {})}
+        return {"STAGES": self.stages, **values, "INT4": int(bits == 4), "GROUP": group_size or 0}
 
     @property
     def producers(self) -> int:
@@ -79,7 +80,8 @@ class Plan:
             stage = -(-(stage + self.tokens * 128) // 1024) * 1024
             if self.blocks == 1:
                 return 1024 + self.stages * stage + self.tokens * self.channels * 2
-            return 1024 + max(self.stages * stage, self.tokens * (self.channels + 8) * 4)
+            parts = self.tokens * self.channels * 4 + 32 * self.blocks
+            return 1024 + max(self.stages * stage, self.tokens * (self.channels + 8) * 4) + parts
         sums = self.tokens * self.channels * 4
         parts = sums + 32 * self.blocks if self.blocks > 1 else 0  # slices of a cluster's sums are rounded up
         return 2048 + self.warps * max(self.stages * stage, sums) + parts
@@ -133,7 +135,6 @@ def supports(case: Case, bits: int, fused: bool = False) -> bool | str:
         (case.dtype in (torch.bfloat16, torch.float16), "takes bf16 and fp16 x only"),
         *sizes(case.N, case.K),
         (case.M is not None, "M is unknown"),
-        (bits == 4 or case.group_size is None, "takes int8 weights with one scale for each channel only"),
     )
     if here is True:
         here = cuda.available(case.capability)
@@ -160,11 +161,10 @@ def linear(
 ) -> Tensor:
     """y [M, N] in x's dtype; x [M, K] bf16 or fp16, contiguous, M ≥ 1; the weight as its op packs it.
 
-    group_size: None for int8. around: its tensors are contiguous; y is [M, N / 2] if it is gated. ValueError where
-    `supports` says no.
+    group_size: None for one scale for each channel. around: its tensors are contiguous; y is [M, N / 2] if it is gated.
+    ValueError where `supports` says no.
     """
-    M, K = x.shape
-    bits = 8 if group_size is None else 4
+    (M, K), bits = x.shape, BITS[q.dtype]
     chosen = plan(bits, M, N, K, group_size)
     if isinstance(chosen, Plan) and around is not ALONE:
         fuses = chosen.fuses(bits, M, N, K, group_size, around.norm is not None, around.gated)
@@ -189,7 +189,7 @@ def run(
 
     dependent: whether it may start before the kernel ahead of it has ended.
     """
-    (M, K), bits = x.shape, 8 if group_size is None else 4
+    (M, K), bits = x.shape, BITS[q.dtype]
     small = plan.kernel == "small"
     norm, eps, residual, gated = around
     y = x.new_empty(M, N // 2 if gated else N)
@@ -204,7 +204,7 @@ def run(
         blocks = min(blocks, multiprocessors * kernel.blocks_per_multiprocessor(plan.threads, shared))
         shared = max(shared, _no_more_than(-(-blocks // multiprocessors)))
     with torch.cuda.device_of(x):
-        matrices = _boxes(plan, x.data_ptr(), q.data_ptr(), scales.data_ptr(), M, N, K, group_size, 1 + gated)
+        matrices = _boxes(plan, x.data_ptr(), q.data_ptr(), scales.data_ptr(), M, N, K, bits, group_size, 1 + gated)
         tensors = (box or tensor for box, tensor in zip(matrices, (x, q, scales), strict=True))
         if small:
             rest = bias, norm, residual, y, eps, M, N, K
@@ -217,7 +217,7 @@ def run(
 
 @lru_cache(maxsize=4096)
 def _boxes(
-    plan: Plan, x: int, q: int, scales: int, M: int, N: int, K: int, group_size: int | None, halves: int
+    plan: Plan, x: int, q: int, scales: int, M: int, N: int, K: int, bits: int, group_size: int | None, halves: int
 ) -> tuple:
     """x, the codes and the scales at these addresses as boxes, where the kernel takes them so (see the .cu files).
 
@@ -225,7 +225,7 @@ def _boxes(
     """
     wide, P = plan.kernel == "wide", -(-N // 64)
     of_x = cuda.boxes(x, (M, K), 2, (plan.tokens, STEP), swizzle=128) if wide else None
-    if group_size is None:
+    if bits == 8:
         width = STEP if wide else UNIT
         return of_x, cuda.boxes(q, (N, K), 1, (plan.channels // halves, width), swizzle=width), None
     of_q = cuda.boxes(q, (P, K * 4), 8, (plan.channels // 64, STEP * 4)) if wide else None

@@ -72,8 +72,7 @@ class FusedLinearOp(Op):
         case = self.known_case(x, *args)
         rows = x.reshape(-1, case.K).contiguous()
         around = cuda_linear.Around(norm, eps, None if residual is None else residual.contiguous(), gated)
-        group_size = case.group_size if self.bits == 4 else None
-        y = cuda_linear.linear(rows, q, scales, bias, case.N, group_size, around)
+        y = cuda_linear.linear(rows, q, scales, bias, case.N, case.group_size, around)
         return y.view(*x.shape[:-1], y.shape[1])
 
     def run(self, *args, implementation: str | None = None) -> Tensor:

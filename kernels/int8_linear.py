@@ -75,7 +75,8 @@ def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor
 
 @int8_linear.implementation("cuda", supports=lambda case: cuda_linear.supports(case, 8))
 def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    return cuda_linear.linear(x, q, scale, bias, q.shape[0], None)
+    group_size = None if scale.dim() == 1 else q.shape[1] // scale.shape[1]
+    return cuda_linear.linear(x, q, scale, bias, q.shape[0], group_size)
 
 
 @int8_linear.implementation("triton", supports=linear.triton, standalone=True)

@@ -104,9 +104,6 @@ __device__ __forceinline__ int cluster_size() {
   asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(blocks));
   return blocks;
 }
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 // That all blocks of the cluster have made their barriers, in two halves: each says that it has, and waits for the others.
 __device__ __forceinline__ void cluster_ready() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
@@ -135,24 +132,6 @@ __device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 phase) {
       "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again; }" ::"r"(barrier), "r"(phase) : "memory");
 }
-// The 4 floats that each block of the cluster has at this block's shared address, added in the order of the blocks.
-__device__ __forceinline__ float4 cluster_sum(u32 address, int blocks) {
-  float4 v[8];
-#pragma unroll
-  for (int r = 0; r < 8; r++) { // all on their way before the first is needed
-    v[r] = make_float4(0, 0, 0, 0);
-    if (r < blocks) {
-      u32 there;
-      asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(r));
-      asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-                   : "=f"(v[r].x), "=f"(v[r].y), "=f"(v[r].z), "=f"(v[r].w) : "r"(there) : "memory");
-    }
-  }
-#pragma unroll
-  for (int r = 1; r < 8; r++) add(v[0], v[r]);
-  return v[0];
-}
-
 // Fragments --------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void load_matrices(u32* v, u32 row) {
@@ -185,12 +164,12 @@ __device__ __forceinline__ void multiply_add(float* d, const u32* a, u32 b0, u32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// d = a · b + c, where every row of c is (c0, c1)
+// d = a · b + c, where the upper 8 rows of c are (c0, c1), the others 0
 __device__ __forceinline__ void multiply(float* d, const u32* a, u32 b0, u32 b1, float c0, float c1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32." HALF_TYPE "." HALF_TYPE
-      ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%10,%11};"
+      ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%12};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c0), "f"(c1));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c0), "f"(c1), "f"(0.f));
 }
 
 // Numbers: two of a half precision in a register -------------------------------------------------------------
@@ -229,16 +208,41 @@ __device__ __forceinline__ u32 mask_or(u32 v, u32 mask, u32 set) {
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(v), "r"(mask), "r"(set));
   return d;
 }
-// code - 8 + OFFSET, exactly, of the codes in bits 0-3 and 16-19: one operation less than code - 8
+// Of the codes in bits 0-3 and 16-19: code - 8 + OFFSET, exactly, one operation less than code - 8; of those in bits 4-7
+// and 20-23: (code - 8) / INT4_UNIT.
 #if HALF // fp32 sums of numbers above 1024 would lose too much
 #define OFFSET 0.f
-__device__ __forceinline__ u32 from_int4_offset(u32 v) { return subtract2(mask_or(v, 0x000F000Fu, MAGIC), EIGHT); }
+__device__ __forceinline__ void from_int4(u32 v, u32& low, u32& high) {
+  low = subtract2(mask_or(v, 0x000F000Fu, MAGIC), EIGHT);
+  high = subtract2(mask_or(v >> 4, 0x000F000Fu, MAGIC), EIGHT);
+}
 #else
 #define OFFSET 136.f
-__device__ __forceinline__ u32 from_int4_offset(u32 v) { return mask_or(v, 0x000F000Fu, MAGIC); }
+__device__ __forceinline__ void from_int4(u32 v, u32& low, u32& high) {
+  low = mask_or(v, 0x000F000Fu, MAGIC);
+  high = multiply_add2(v & 0x00F000F0u, 0x79807980u, 0xBA80BA80u);
+}
 #endif
-// code - 8, exactly, of the codes in bits 0-3 and 16-19
-__device__ __forceinline__ u32 from_int4(u32 v) { return subtract2(mask_or(v, 0x000F000Fu, MAGIC), EIGHT); }
+// A scale and a zero point, both halves of each the same, for `from_int4`.
+__device__ __forceinline__ void int4_scale(u32 pair, u32& scale, u32& zero) {
+  scale = permute(pair, 0, 0x1010), zero = permute(pair, 0, 0x3232);
+#if !HALF
+  zero = multiply2(zero, 0x39003900u); // / INT4_UNIT
+#endif
+}
+// (code - 8) * scale + zero, rounded once and divided by INT4_UNIT, of the codes in bits 0-3 and 16-19, or `high`: 4-7, 20-23.
+#if HALF
+#define INT4_UNIT 1.f
+__device__ __forceinline__ u32 from_int4(u32 v, int high, u32 scale, u32 zero) {
+  return multiply_add2(subtract2(mask_or(high ? v >> 4 : v, 0x000F000Fu, MAGIC), EIGHT), scale, zero);
+}
+#else // bits as they are, below 256, are so many times 2^-133 as a number: no shift between the two
+#define INT4_UNIT 0x1p13f
+__device__ __forceinline__ u32 from_int4(u32 v, int high, u32 scale, u32 zero) {
+  const u32 code = v & (high ? 0x00F000F0u : 0x000F000Fu), to_unit = high ? 0x79807980u : 0x7B807B80u; // 2^116, 2^120
+  return multiply_add2(multiply_add2(code, to_unit, 0xBA80BA80u), scale, zero); // - 8 / INT4_UNIT
+}
+#endif
 // the integers in bits 0-7 and 16-23, exactly
 __device__ __forceinline__ u32 from_int8(u32 v) {
 #if HALF

@@ -8,8 +8,8 @@
 //
 // Defines: HALF, WARPS (that compute), STAGES (of a ring), UNIT (along K, of a stage), TILES (of 8 tokens: M ≤ 8 TILES),
 // ONE (1 if M = 1 and TILES = 1), NORM (1 if x is normalized), GATED (1 if y is silu(first half of x @ W.T) · second half;
-// a block computes channels of both), and for int4 PANELS (of 64 channels that a block computes), GROUP; for int8 ROWS (of
-// 16 channels; UNIT is 128).
+// a block computes channels of both), INT4 (0: the weight is int8), GROUP (weights along K that share a scale; 0: all of an
+// int8 channel), and for int4 PANELS (of 64 channels that a block computes), for int8 ROWS (of 16 channels; UNIT is 128).
 // Boxes: of int4's scales the block's channels and a unit's groups, as they are; of int8's q the block's channels and
 // 128 k, swizzled by 128 bytes; of each half of the channels where y is gated.
 // Grid: as many blocks for each PANELS or ROWS as a cluster has, along x.
@@ -182,9 +182,10 @@ __device__ __forceinline__ const u16* weigh(const u16* x, const u16* norm, int M
   return weighed;
 }
 
-#ifdef GROUP
-#define SPAN (GROUP < UNIT ? GROUP : UNIT) // along K, with one scale
+#define SPAN (GROUP && GROUP < UNIT ? GROUP : UNIT) // along K, with one scale
 #define SPANS (UNIT / SPAN)
+
+#if INT4
 #define CHANNELS (64 * PANELS)
 #define IN_HALF (PANELS / HALVES) // panels
 #define CODE_BYTES (PANELS * UNIT * 32)
@@ -274,9 +275,9 @@ int4_small(const u16* x, const u8* __restrict__ q, const __grid_constant__ Matri
 #pragma unroll
             for (int i = 0; i < 4; i++) { // channels 16 (i / 2) + 2 g + i % 2, and 32 above
               const u32* w = v + i / 2 * 2;
-              const int shift = i % 2 * 8;
-              const u32 a[4] = {from_int4_offset(w[0] >> shift), from_int4_offset(w[0] >> (shift + 4)),
-                                from_int4_offset(w[1] >> shift), from_int4_offset(w[1] >> (shift + 4))};
+              u32 a[4];
+              from_int4(w[0] >> i % 2 * 8, a[0], a[1]);
+              from_int4(w[1] >> i % 2 * 8, a[2], a[3]);
 #pragma unroll
               for (int m = 0; m < TILES; m++) {
                 const float* sum = total[s][m];
@@ -292,13 +293,14 @@ int4_small(const u16* x, const u8* __restrict__ q, const __grid_constant__ Matri
 #pragma unroll
             for (int i = 0; i < 2; i++) {
               const float2 l = to_floats(i ? low.y : low.x), u = to_floats(i ? high.y : high.x);
+              const float scale[2] = {l.x, u.x * INT4_UNIT};
 #pragma unroll
               for (int m = 0; m < TILES; m++)
 #pragma unroll
                 for (int e = 0; e < 4; e += 1 + ONE) {
                   float& sum = out[p][h * 2 + i][m][e];
                   sum = fmaf(total[s][m][e], e < 2 ? l.y : u.y, sum);
-                  sum = fmaf(acc[h * 2 + i][m][e], e < 2 ? l.x : u.x, sum);
+                  sum = fmaf(acc[h * 2 + i][m][e], scale[e / 2], sum);
                 }
             }
           }
@@ -319,14 +321,12 @@ int4_small(const u16* x, const u8* __restrict__ q, const __grid_constant__ Matri
         }
   finish<CHANNELS, RINGS * STAGE>({nullptr, bias, residual, eps}, y, M, N, K, panel * 64);
 }
-#endif
-
-#ifdef ROWS
+#else
 #define IN_HALF (ROWS / HALVES)  // rows of 16 channels
 #define STAGE (ROWS * 16 * UNIT) // bytes
 
-// x [M, K], q [N, K] int8, scale [N], bias [N], norm [K], residual (as y), any of these three null -> y [M, N / HALVES];
-// K % 16 = 0, N % (16 HALVES) = 0 if gated
+// x [M, K], q [N, K] int8, scale [N] or [N, K / GROUP], bias [N], norm [K], residual (as y), any of these three null
+// -> y [M, N / HALVES]; K % 16 = 0, N % (16 HALVES) = 0 if gated
 extern "C" __global__ void __launch_bounds__(THREADS)
 int8_small(const u16* x, const __grid_constant__ Matrix q, const u16* __restrict__ scale, const u16* __restrict__ bias,
            const u16* __restrict__ norm, const u16* residual, u16* y, float eps, int M, int N, int K) {
@@ -353,6 +353,7 @@ int8_small(const u16* x, const __grid_constant__ Matrix q, const u16* __restrict
     if (NORM) x = weigh<ROWS * 16, RINGS * STAGE>(x, norm, M, K, begin * UNIT, length) - begin * UNIT;
     const int pitch = NORM ? length + PAD : K;
     uint2 xs[TILES][UNIT / 16]; // beyond K zeros, as the codes there
+    u16 scales[SPANS][ROWS][2];
     auto read = [&](int unit) {
 #pragma unroll
       for (int m = 0; m < TILES; m++)
@@ -363,6 +364,17 @@ int8_small(const u16* x, const __grid_constant__ Matrix q, const u16* __restrict
           xs[m][i] = make_uint2(0, 0);
           if (m * 8 + g < M && k < min(end * UNIT, K)) xs[m][i] = NORM ? *(const uint2*)at : load_8(at);
         }
+      if (GROUP && unit < end)
+#pragma unroll
+        for (int s = 0; s < SPANS; s++)
+#pragma unroll
+          for (int r = 0; r < ROWS; r++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+              const int n = channel + r % IN_HALF * 16 + g + h * 8 + r / IN_HALF * (N / 2);
+              const size_t groups = K / max(GROUP, 1);
+              scales[s][r][h] = scale[min(n, N - 1) * groups + (unit * UNIT + s * SPAN) / max(GROUP, 1)];
+            }
     };
     read(begin + warp);
     int stage = warp, phase = 0;
@@ -375,23 +387,38 @@ int8_small(const u16* x, const __grid_constant__ Matrix q, const u16* __restrict
           b[j][m][0] = permute(xs[m][j].x, xs[m][j].y, 0x5410);
           b[j][m][1] = permute(xs[m][j].x, xs[m][j].y, 0x7632);
         }
+      float factor[SPANS][ROWS][2];
+#pragma unroll
+      for (int i = 0; i < SPANS * ROWS * 2; i++) (&factor[0][0][0])[i] = GROUP ? to_float((&scales[0][0][0])[i]) : 1;
       read(unit + WARPS);
       const u32 codes = ring + stage * STAGE + mine;
       barrier_wait(full + stage * 8, phase);
 #pragma unroll
-      for (int j = 0; j < UNIT / 16; j += 2)
+      for (int s = 0; s < SPANS; s++) {
+        float of_span[ROWS][TILES][4] = {};
+        float(*sums)[TILES][4] = GROUP ? of_span : out;
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-          u32 v[4];
-          load_matrices(v, codes + r * 16 * UNIT + ((j + lane / 16) ^ lane % 8) * 16);
+        for (int j = s * (SPAN / 16); j < (s + 1) * (SPAN / 16); j += 2)
 #pragma unroll
-          for (int half = 0; half < 2; half++) {
-            const u32 low = v[half * 2], high = v[half * 2 + 1];
-            const u32 a[4] = {from_int8(low), from_int8(high), from_int8(low >> 8), from_int8(high >> 8)};
+          for (int r = 0; r < ROWS; r++) {
+            u32 v[4];
+            load_matrices(v, codes + r * 16 * UNIT + ((j + lane / 16) ^ lane % 8) * 16);
 #pragma unroll
-            for (int m = 0; m < TILES; m++) multiply_add(out[r][m], a, b[j + half][m][0], b[j + half][m][1]);
+            for (int half = 0; half < 2; half++) {
+              const u32 low = v[half * 2], high = v[half * 2 + 1];
+              const u32 a[4] = {from_int8(low), from_int8(high), from_int8(low >> 8), from_int8(high >> 8)};
+#pragma unroll
+              for (int m = 0; m < TILES; m++) multiply_add(sums[r][m], a, b[j + half][m][0], b[j + half][m][1]);
+            }
           }
-        }
+        if (GROUP)
+#pragma unroll
+          for (int r = 0; r < ROWS; r++)
+#pragma unroll
+            for (int m = 0; m < TILES; m++)
+#pragma unroll
+              for (int e = 0; e < 4; e++) out[r][m][e] = fmaf(of_span[r][m][e], factor[s][r][e / 2], out[r][m][e]);
+      }
       next_stage(empty, stage, phase);
     }
   }
@@ -401,6 +428,6 @@ int8_small(const u16* x, const __grid_constant__ Matrix q, const u16* __restrict
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
       for (int m = 0; m < TILES; m++) keep<ROWS * 16>(out[r][m], m, r * 16 + g, r * 16 + g + 8, M);
-  finish<ROWS * 16, RINGS * STAGE>({scale, bias, residual, eps}, y, M, N, K, channel);
+  finish<ROWS * 16, RINGS * STAGE>({GROUP ? nullptr : scale, bias, residual, eps}, y, M, N, K, channel);
 }
 #endif

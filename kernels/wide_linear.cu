@@ -6,9 +6,11 @@
 // blocks of a cluster share K of one tile and add up their sums in a fixed order (SPLIT).
 //
 // Defines: HALF, TOKENS (of a block: 16, 32, 64, 128 or 256), GROUPS (consumer warpgroups), TALL (of 64 channels that each
+// Defines: HALF, TOKENS (of a block: 16, 32, 64, 128 or 256), GROUPS (consumer warpgroups), TALL (of 64 channels that each
 // computes: 1 or 2), SPLIT (0 or 1), STAGES (of 64 k), BATCH (1 or 2: products of 16 k that are issued together),
-// PRODUCERS (threads, of which one copies), and for int4 GROUP. Where two warpgroups have more sums than they have
-// registers, PRODUCERS is 128: only whole warpgroups give registers away.
+// PRODUCERS (threads, of which one copies), INT4 (0: the weight is int8), GROUP (weights along K that share a scale; 0:
+// all of an int8 channel). Where two warpgroups have more sums than they have registers, PRODUCERS is 128: only whole
+// warpgroups give registers away.
 // Boxes, of a step of 64 k: of x TOKENS rows, swizzled by 128 bytes; of int8's q the block's channels, swizzled by 64
 // bytes; of int4's q the block's panels, of its scales the block's channels, as they are. Of y: TOKENS rows of 64
 // channels, swizzled by 128 bytes.
@@ -67,9 +69,8 @@ __device__ __forceinline__ void product(float* d, const u32* a, u64 x, int add) 
 
 // The weights --------------------------------------------------------------------------------------------------
 
-#ifdef GROUP
+#if INT4
 #define KERNEL int4_wide
-#define SPANS (GROUP < 64 ? 64 / GROUP : 1) // scales along a stage
 #define CODE_BYTES (CHANNELS * 32)
 #define SCALE_BYTES (CHANNELS * SPANS * 4)
 #else
@@ -77,10 +78,11 @@ __device__ __forceinline__ void product(float* d, const u32* a, u64 x, int add) 
 #define CODE_BYTES (CHANNELS * 64)
 #define SCALE_BYTES 0
 #endif
+#define SPANS (GROUP && GROUP < 64 ? 64 / GROUP : 1) // scales along a stage
 #define BARRIERS 1024 // bytes, ahead of the ring and the sums
 #define STAGE_BYTES ((X_BYTES + CODE_BYTES + SCALE_BYTES + 1023) / 1024 * 1024)
 
-#ifdef GROUP
+#if INT4
 #define SCALES const __grid_constant__ Matrix
 #else
 #define SCALES const u16* __restrict__
@@ -114,11 +116,16 @@ KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALE
       barrier_init(full + s * 8, 1);
       barrier_init(empty + s * 8, GROUPS * 4);
     }
+    if (SPLIT) barrier_init(empty + STAGES * 8, 1);
     barriers_ready();
   }
   __syncthreads();
 #if SPLIT
   float* sums = (float*)(shared + BARRIERS); // [TOKENS][PITCH], once all steps are done
+  const int ring_or_sums = max(STAGES * STAGE_BYTES, TOKENS * PITCH * 4);
+  float4* parts = (float4*)(shared + BARRIERS + ring_or_sums); // [block][slice][8 channels]
+  const u32 parts_ready = empty + STAGES * 8;
+  cluster_ready();
 #endif
 
   if (thread >= CONSUMERS) { // -------------------------------------------------------------------------- producers
@@ -129,7 +136,7 @@ KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALE
     auto fetch_weight = [&](int step, int stage) {
       const u32 to = ring + stage * STAGE_BYTES + X_BYTES, barrier = full + stage * 8;
       barrier_expect(barrier, X_BYTES + CODE_BYTES + SCALE_BYTES);
-#ifdef GROUP
+#if INT4
       copy_box(to, q, step * 256, channel / 64, barrier, policy);
       copy_box(to + CODE_BYTES, scales, channel, step * 64 / GROUP, barrier, policy);
 #else
@@ -151,50 +158,70 @@ KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALE
         }
       }
     }
+    if (SPLIT) cluster_wait(); // as the others do
   } else { // ------------------------------------------------------------------------------------------- consumers
 #if PRODUCERS == 128
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
 #endif
     const int group = thread / 128;
-#ifdef GROUP // a warp has 16 (TALL = 1) or 32 channels of one half of a panel: 2 g + r of it, and 32 above
+#if INT4 // a warp has 16 (TALL = 1) or 32 channels of one half of a panel: 2 g + r of it, and 32 above
     const int panel = TALL == 1 ? group : group * 2 + warp / 2;
     const int low = panel * 64 + (TALL == 1 ? warp / 2 * 16 + warp % 2 : warp % 2 * 16) + 2 * g, high = low + 32, next = 1;
     const int shift = TALL == 1 ? warp % 2 * 8 : 0;
     const u32 mine = X_BYTES + panel * 2048 + lane * 32 + (TALL == 1 ? warp / 2 : warp % 2) * 16; // a row of a matrix
 #else
     const int low = group * 64 * TALL + warp * 16 + g, high = low + 8, next = 64;
+#if GROUP
+    u16 ahead[SPANS][TALL][2]; // scales of the next step
+    auto read = [&](int step) {
+#pragma unroll
+      for (int i = 0; i < SPANS * TALL * 2; i++) {
+        const size_t n = min(channel + low + i / 2 % TALL * next + i % 2 * 8, N - 1);
+        if (step < end) (&ahead[0][0][0])[i] = scales[n * (K / GROUP) + (step * 64 + i / (2 * TALL) * (64 / SPANS)) / GROUP];
+      }
+    };
+#endif
 #endif
     float d[TALL][TOKENS / WIDTH][WIDTH / 2];
     u32 a[2][BATCH][TALL][4];
     int stage = 0, phase = 0;
     for (int tile = first_tile; tile < tiles; tile += stride) {
       int before = -1;
+#if !INT4 && GROUP
+      place(tile);
+      read(begin);
+#endif
       for (int step = begin; step < end; step++) {
         const u32 base = ring + stage * STAGE_BYTES;
         const u64 xs = descriptor(base);
         const u8* codes = shared + BARRIERS + stage * STAGE_BYTES + X_BYTES;
         barrier_wait(full + stage * 8, phase);
-#ifdef GROUP
+#if INT4
         const u32* pairs = (const u32*)(codes + CODE_BYTES) + low;
         u32 v[4], scale[TALL][2], zero[TALL][2];
+#elif GROUP
+        u16 scale[SPANS][TALL][2];
+#pragma unroll
+        for (int i = 0; i < SPANS * TALL * 2; i++) (&scale[0][0][0])[i] = (&ahead[0][0][0])[i];
+        read(step + 1);
 #endif
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           u32(*operand)[4] = a[j / BATCH % 2][j % BATCH];
-#ifdef GROUP
+#if INT4
           if (j % 2 == 0) load_matrices_transposed(v, base + mine + j / 2 * 1024);
           if (j % (4 / SPANS) == 0)
 #pragma unroll
             for (int i = 0; i < 2 * TALL; i++) {
               const u32 pair = pairs[j / (4 / SPANS) * CHANNELS + i / 2 + i % 2 * 32];
-              scale[i / 2][i % 2] = permute(pair, 0, 0x1010), zero[i / 2][i % 2] = permute(pair, 0, 0x3232);
+              int4_scale(pair, scale[i / 2][i % 2], zero[i / 2][i % 2]);
             }
 #pragma unroll
           for (int r = 0; r < TALL; r++)
 #pragma unroll
             for (int i = 0; i < 4; i++) { // rows g, g + 8 and, 8 k further, again
-              const u32 code = v[j % 2 * 2 + i / 2] >> (TALL == 1 ? shift : r * 8) >> i % 2 * 4;
-              operand[r][i] = multiply_add2(from_int4(code), scale[r][i % 2], zero[r][i % 2]);
+              const u32 pair = v[j % 2 * 2 + i / 2] >> (TALL == 1 ? shift : r * 8);
+              operand[r][i] = from_int4(pair, i % 2, scale[r][i % 2], zero[r][i % 2]);
             }
 #else
 #pragma unroll
@@ -203,6 +230,9 @@ KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALE
             for (int i = 0; i < 4; i++) {
               const u8* at = codes + (low + r * 64 + i % 2 * 8) * 64 + (j ^ g / 2) * 16 + i / 2 * 8 + t * 2;
               operand[r][i] = from_int8(permute(*(const u16*)at, 0, 0x7170));
+#if GROUP
+              operand[r][i] = multiply2(operand[r][i], permute(scale[j / (4 / SPANS)][r][i % 2], 0, 0x1010));
+#endif
             }
 #endif
           if ((j + 1) % BATCH) continue;
@@ -234,7 +264,9 @@ KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALE
         for (int h = 0; h < 2; h++) {
           const int c = (h ? high : low) + r * next, n = min(channel + c, N - 1);
           const float shift = bias ? to_float(bias[n]) : 0;
-#ifdef GROUP
+#if INT4
+          const float factor = INT4_UNIT;
+#elif GROUP
           const float factor = 1;
 #else
           const float factor = to_float(scales[n]);
@@ -268,32 +300,46 @@ KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALE
 #pragma unroll
         for (int j = 0; j < WIDTH / 2; j++)
           sums[(i * WIDTH + j / 4 * 8 + 2 * t + j % 2) * PITCH + (j & 2 ? high : low) + r * next] = d[r][i][j];
-#endif
-  }
-#if SPLIT
-  cluster_sync();
-  const int rows = min(TOKENS, M - token), threads = CONSUMERS + PRODUCERS;
-  for (int i = rank * threads + thread; i < rows * (CHANNELS / 8); i += blocks * threads) {
-    const int row = i / (CHANNELS / 8), column = i % (CHANNELS / 8) * 8, n = channel + column;
-    if (n >= N) continue;
-    u16 out[8];
+    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+    // Each block writes a slice of y, in pieces of 8 channels, whose sums the others bring to it.
+    const int total = min(TOKENS, M - token) * (CHANNELS / 8), slice = (total + blocks - 1) / blocks;
+    const int own = max(min(slice, total - rank * slice), 0);
+    if (thread == 0) barrier_expect(parts_ready, blocks * own * 32);
+    cluster_wait(); // all of them have started
+    for (int i = thread; i < total; i += CONSUMERS)
 #pragma unroll
-    for (int half = 0; half < 8; half += 4) {
-      const float4 sum = cluster_sum(shared_address(sums + row * PITCH + column + half), blocks);
-      const float values[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        float value = values[j];
-#ifndef GROUP
-        value *= to_float(scales[n + half + j]);
-#endif
-        if (bias) value += to_float(bias[n + half + j]);
-        out[half + j] = to_half(value);
+      for (int half = 0; half < 2; half++) {
+        const float* from = sums + i / (CHANNELS / 8) * PITCH + i % (CHANNELS / 8) * 8 + half * 4;
+        float4* to = parts + (rank * slice + i % slice) * 2 + half;
+        cluster_store(shared_address(to), parts_ready, i / slice, *(const float4*)from);
       }
-    }
-    *(uint4*)(y + (size_t)(token + row) * N + n) =
-        make_uint4(out[0] | out[1] << 16, out[2] | out[3] << 16, out[4] | out[5] << 16, out[6] | out[7] << 16);
-  }
-  cluster_sync(); // the others may still read this block's sums
+    barrier_wait_cluster(parts_ready, 0);
+    for (int i = thread; i < own; i += CONSUMERS) {
+      const int at = rank * slice + i, row = at / (CHANNELS / 8), n = channel + at % (CHANNELS / 8) * 8;
+      if (n >= N) continue;
+      u16 out[8];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float4 sum = parts[i * 2 + half];
+        for (int r = 1; r < blocks; r++) add(sum, parts[(r * slice + i) * 2 + half]);
+        const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const int c = n + half * 4 + j;
+#if INT4
+          float value = values[j] * INT4_UNIT;
+#elif GROUP
+          float value = values[j];
+#else
+          float value = values[j] * to_float(scales[c]);
 #endif
+          if (bias) value += to_float(bias[c]);
+          out[half * 4 + j] = to_half(value);
+        }
+      }
+      *(uint4*)(y + (size_t)(token + row) * N + n) =
+          make_uint4(out[0] | out[1] << 16, out[2] | out[3] << 16, out[4] | out[5] << 16, out[6] | out[7] << 16);
+    }
+#endif
+  }
 }

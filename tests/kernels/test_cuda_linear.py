@@ -8,6 +8,7 @@ import torch
 from aograph.kernels import cuda_linear, int4_linear, int8_linear, nvrtc, tuning
 from aograph.kernels.cuda_linear import TOKENS, Plan
 from aograph.kernels.op import Case
+from aograph.kernels.rounding import GROUP_SIZES
 
 PLANS = {
     "small": [
@@ -41,18 +42,17 @@ def arguments(bits: int, N: int, K: int, group_size: int | None, dtype: torch.dt
     """The packed weight, and what it stands for in float64."""
     weight = torch.randn(N, K, device="cuda", dtype=dtype) * 0.1
     if bits == 8:
-        q, scale = int8_linear.pack(weight)
-        return (q, scale), q.double() * scale.double()[:, None]
+        q, scale = int8_linear.pack(weight, group_size=group_size)
+        return (q, scale), int8_linear.unpack(q.double(), scale.double())
     q, pairs = int4_linear.pack(weight, group_size)
     return (q, pairs), int4_linear.unpack(q, pairs.double(), group_size, N)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 6e-3), (torch.float16, 8e-4)], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("group_size", [None, 32, 64, 128, 256])
+@pytest.mark.parametrize("bits, group_size", [(8, None), (8, 32), (8, 128), (8, 256), *((4, g) for g in GROUP_SIZES)])
 @pytest.mark.parametrize("plan", BOTH)
-def test_each_plan(plan, group_size, dtype, tolerance, gpu):
-    bits = 8 if group_size is None else 4
+def test_each_plan(plan, bits, group_size, dtype, tolerance, gpu):
     ran = 0
     for N, K in SHAPES:
         if not plan.fits(N, K, bits, group_size) or (group_size and K % group_size):
@@ -184,10 +184,10 @@ def test_what_a_plan_fuses(plan, M, N, K, normed, gated, reason, monkeypatch):
         monkeypatch.setattr(cuda_linear, "plan", lambda *shape: plan)
         x, norm = torch.ones(M, K), torch.ones(K) if normed else None
         with pytest.raises(ValueError, match=rf"int4 weights \[{N}, {K}\] under x \[{M}, {K}\]: .*{reason}"):
-            cuda_linear.linear(x, x, x, None, N, 64, cuda_linear.Around(norm, 1e-5, None, gated))
+            cuda_linear.linear(x, x.byte(), x, None, N, 64, cuda_linear.Around(norm, 1e-5, None, gated))
 
 
-@pytest.mark.parametrize("bits, group_size", [(4, 32), (4, 256), (8, None)])
+@pytest.mark.parametrize("bits, group_size", [(4, 32), (4, 256), (8, None), (8, 64)])
 def test_plans_compile(bits, group_size):
     """Of each number of tokens one that tuning may choose."""
     if isinstance(nvrtc.version(), str):
