@@ -80,8 +80,9 @@ class Plan:
             stage = -(-(stage + self.tokens * 128) // 1024) * 1024
             if self.blocks == 1:
                 return 1024 + self.stages * stage + self.tokens * self.channels * 2
-            parts = self.tokens * self.channels * 4 + 32 * self.blocks
-            return 1024 + max(self.stages * stage, self.tokens * (self.channels + 8) * 4) + parts
+            row = (self.channels + 8) * 4  # of sums; those of a slice of the tokens come from each other block
+            parts = (self.blocks - 1) * -(-self.tokens // self.blocks) * row
+            return 1024 + max(self.stages * stage, self.tokens * row) + parts
         sums = self.tokens * self.channels * 4
         parts = sums + 32 * self.blocks if self.blocks > 1 else 0  # slices of a cluster's sums are rounded up
         return 2048 + self.warps * max(self.stages * stage, sums) + parts

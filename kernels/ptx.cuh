@@ -125,6 +125,15 @@ __device__ __forceinline__ void cluster_store(u32 address, u32 barrier, u32 rank
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %3, [on]; }" ::"r"(address), "r"(barrier),
       "r"(rank), "f"(v) : "memory");
 }
+// So many bytes, in units of 16, from here to this shared address of another block, completing on its barrier.
+__device__ __forceinline__ void copy_to_block(u32 rank, u32 to, u32 from, u32 bytes, u32 barrier) {
+  asm volatile(
+      "{ .reg .b32 there, on;\n"
+      "mapa.shared::cluster.u32 there, %0, %4;\n"
+      "mapa.shared::cluster.u32 on, %3, %4;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%1], %2, [on]; }" ::"r"(to),
+      "r"(from), "r"(bytes), "r"(barrier), "r"(rank) : "memory");
+}
 // For what blocks of the cluster store here.
 __device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 phase) {
   asm volatile(

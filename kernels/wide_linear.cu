@@ -123,7 +123,7 @@ KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALE
 #if SPLIT
   float* sums = (float*)(shared + BARRIERS); // [TOKENS][PITCH], once all steps are done
   const int ring_or_sums = max(STAGES * STAGE_BYTES, TOKENS * PITCH * 4);
-  float4* parts = (float4*)(shared + BARRIERS + ring_or_sums); // [block][slice][8 channels]
+  float* parts = (float*)(shared + BARRIERS + ring_or_sums); // [other block][token of the slice][PITCH]
   const u32 parts_ready = empty + STAGES * 8;
   cluster_ready();
 #endif
@@ -158,7 +158,11 @@ KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALE
         }
       }
     }
-    if (SPLIT) cluster_wait(); // as the others do
+#if SPLIT // as the consumers do
+    cluster_wait();
+    cluster_ready();
+    cluster_wait();
+#endif
   } else { // ------------------------------------------------------------------------------------------- consumers
 #if PRODUCERS == 128
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
@@ -300,46 +304,51 @@ KERNEL(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q, SCALE
 #pragma unroll
         for (int j = 0; j < WIDTH / 2; j++)
           sums[(i * WIDTH + j / 4 * 8 + 2 * t + j % 2) * PITCH + (j & 2 ? high : low) + r * next] = d[r][i][j];
+    before_copies();
     asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-    // Each block writes a slice of y, in pieces of 8 channels, whose sums the others bring to it.
-    const int total = min(TOKENS, M - token) * (CHANNELS / 8), slice = (total + blocks - 1) / blocks;
-    const int own = max(min(slice, total - rank * slice), 0);
-    if (thread == 0) barrier_expect(parts_ready, blocks * own * 32);
+    // Each block writes some tokens of y, whose sums the others bring to it.
+    const int rows = min(TOKENS, M - token), slice = (rows + blocks - 1) / blocks;
+    auto tokens_of = [&](int block) { return max(min(slice, rows - block * slice), 0); };
+    auto part = [&](int of, int at) { return parts + (of - (of > at)) * slice * PITCH; }; // what block `at` has of another
+    if (thread == 0) barrier_expect(parts_ready, (blocks - 1) * tokens_of(rank) * (PITCH * 4));
     cluster_wait(); // all of them have started
-    for (int i = thread; i < total; i += CONSUMERS)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const float* from = sums + i / (CHANNELS / 8) * PITCH + i % (CHANNELS / 8) * 8 + half * 4;
-        float4* to = parts + (rank * slice + i % slice) * 2 + half;
-        cluster_store(shared_address(to), parts_ready, i / slice, *(const float4*)from);
-      }
+    if (thread < blocks && thread != rank && tokens_of(thread))
+      copy_to_block(thread, shared_address(part(rank, thread)), shared_address(sums + thread * slice * PITCH),
+                    tokens_of(thread) * (PITCH * 4), parts_ready);
     barrier_wait_cluster(parts_ready, 0);
-    for (int i = thread; i < own; i += CONSUMERS) {
-      const int at = rank * slice + i, row = at / (CHANNELS / 8), n = channel + at % (CHANNELS / 8) * 8;
+    __syncwarp();
+    cluster_ready(); // to end
+    for (int i = thread; i < tokens_of(rank) * (CHANNELS / 8); i += CONSUMERS) {
+      const int row = i / (CHANNELS / 8), c = i % (CHANNELS / 8) * 8, n = channel + c;
       if (n >= N) continue;
       u16 out[8];
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        float4 sum = parts[i * 2 + half];
-        for (int r = 1; r < blocks; r++) add(sum, parts[(r * slice + i) * 2 + half]);
+        float4 sum = {};
+        for (int r = 0; r < blocks; r++) {
+          const float* from = r == rank ? sums + rank * slice * PITCH : part(r, rank);
+          add(sum, *(const float4*)(from + row * PITCH + c + half * 4));
+        }
         const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          const int c = n + half * 4 + j;
+          const int at = n + half * 4 + j;
 #if INT4
           float value = values[j] * INT4_UNIT;
 #elif GROUP
           float value = values[j];
 #else
-          float value = values[j] * to_float(scales[c]);
+          float value = values[j] * to_float(scales[at]);
 #endif
-          if (bias) value += to_float(bias[c]);
+          if (bias) value += to_float(bias[at]);
           out[half * 4 + j] = to_half(value);
         }
       }
-      *(uint4*)(y + (size_t)(token + row) * N + n) =
+      *(uint4*)(y + (size_t)(token + rank * slice + row) * N + n) =
           make_uint4(out[0] | out[1] << 16, out[2] | out[3] << 16, out[4] | out[5] << 16, out[6] | out[7] << 16);
     }
+    __syncwarp();
+    cluster_wait(); // what the others have of this block has left it
 #endif
   }
 }
