@@ -112,7 +112,7 @@ class Kernel:
 
     registers and local_bytes (spilled registers among them) are of a thread, static_shared_bytes of a block.
     blocks_per_multiprocessor(threads, shared) is how many blocks of so many threads and bytes of dynamic shared memory
-    a multiprocessor holds at once.
+    a multiprocessor holds at once; clusters_at_once(threads, shared, cluster) how many clusters the whole device holds.
     """
 
     def __init__(self, cubin: bytes, name: str, device: torch.device, title: str):
@@ -136,6 +136,7 @@ class Kernel:
         if not {*self.sizes} <= {POINTER, NUMBER, BOXES}:
             raise RuntimeError(f"{title} has parameters of {self.sizes} bytes; known are pointers, numbers and boxes")
         self.blocks_per_multiprocessor = functools.cache(self._blocks_per_multiprocessor)
+        self.clusters_at_once = functools.cache(self._clusters_at_once)
         self._configuration = functools.lru_cache(maxsize=4096)(self._configure)
 
     def __repr__(self) -> str:
@@ -229,6 +230,15 @@ class Kernel:
         with _context(self.index):
             answer = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.function, threads, shared)
         return _checked(answer, f"{self.title}, {threads} threads, {shared} bytes")
+
+    def _clusters_at_once(self, threads: int, shared: int, cluster: int) -> int:
+        if cluster == 1:
+            multiprocessors = torch.cuda.get_device_properties(self.index).multi_processor_count
+            return multiprocessors * self.blocks_per_multiprocessor(threads, shared)
+        config = self._configure((cluster, 1, 1), threads, shared, cluster, False, 0)
+        with _context(self.index):
+            answer = driver.cuOccupancyMaxActiveClusters(self.function, config)
+        return _checked(answer, f"{self.title}, {threads} threads, {shared} bytes, clusters of {cluster}")
 
     def _attribute(self, name: str) -> int:
         which = getattr(driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")

@@ -6,21 +6,18 @@ tokens (the upper ends of TOKENS) and keeps them in the cache folder, ahead of t
 (`tuned/sm_90.json`, from an H200); other shapes take those of the nearest. Nothing is measured at run time.
 """
 
-import json
-import warnings
-from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
-from math import log
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import cache as files
-from . import cuda
+from . import cuda, plans
 from .op import Case, need
 
+NAME = "sm_90"  # of the files of plans
 BITS = {torch.uint8: 4, torch.int8: 8}  # of the codes of a packed weight
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1 << 24)  # a plan holds up to so many
 CAPABILITIES = {(9, 0)}  # wgmma is of this generation alone
@@ -257,56 +254,26 @@ def _no_more_than(blocks: int) -> int:
 def plan(bits: int, M: int, N: int, K: int, group_size: int | None) -> Plan | str:
     """The plan for M tokens: that of the nearest shape that was measured. Or the reason why there is none."""
     bucket = next(i for i, most in enumerate(TOKENS) if most >= M)
-    measured = [(shape, plans[bucket]) for shape, plans in table(bits).items()]
-    fitting = [(shape, p) for shape, p in measured if p is None or p.fits(N, K, bits, group_size)]
-    if not fitting:
+    found = plans.nearest(table(bits), bucket, N, K, lambda each: each.fits(N, K, bits, group_size))
+    if not found:
         return "no plan that fits was measured: `aograph tune` does that"
-    nearest = min(fitting, key=lambda each: abs(log(each[0][0] / N)) + abs(log(each[0][1] / K)))[1]
-    return nearest or "dequantizing was faster for so many tokens"
+    return found[0] or "dequantizing was faster for so many tokens"
 
 
 @cache
 def table(bits: int) -> dict[tuple[int, int], list[Plan | None]]:
     """For each shape (N, K) that was measured, its plans by TOKENS."""
-    plans: dict[tuple[int, int], list[Plan | None]] = {}
-    for path in (shipped(), tuned()):
-        if path.exists():
-            try:
-                plans |= read(path).get(bits, {})
-            except (ValueError, KeyError, TypeError, AttributeError) as error:  # never a reason to stop
-                warnings.warn(f"{path} is no file of plans and is ignored: {error}; delete it", stacklevel=2)
-    return plans
+    return plans.known((shipped(), tuned()), Plan).get(f"int{bits}", {})
 
 
-def shipped() -> Path:
-    """The plans that come with the package."""
-    return Path(__file__).parent / "tuned" / "sm_90.json"
-
-
-def tuned() -> Path:
-    """The plans that `aograph tune` measured here."""
-    return files.folder() / "tuned-sm_90.json"
+shipped, tuned = partial(plans.shipped, NAME), partial(plans.tuned, NAME)
 
 
 def read(path: Path) -> dict[int, dict[tuple[int, int], list[Plan | None]]]:
-    """By bits and shape; the file names what is measured in words."""
-    found = json.loads(path.read_text())
-    return {
-        int(name.removeprefix("int")): {
-            tuple(int(size) for size in shape.split("x")): [None if each is None else Plan(**each) for each in plans]
-            for shape, plans in shapes.items()
-        }
-        for name, shapes in found["plans"].items()
-    }
+    """By bits and shape; see `plans.read`."""
+    return {int(kind.removeprefix("int")): shapes for kind, shapes in plans.read(path, Plan).items()}
 
 
-def write(path: Path, plans: dict[int, dict[tuple[int, int], list[Plan | None]]], about: dict[str, str]) -> None:
-    """The file that `read` reads; `about`: where and when it was measured."""
-    shapes = {
-        f"int{bits}": {
-            f"{N}x{K}": [None if each is None else asdict(each) for each in found] for (N, K), found in shapes.items()
-        }
-        for bits, shapes in plans.items()
-    }
-    with files.written_whole(path) as partial:
-        partial.write_text(json.dumps({"about": about, "plans": shapes}, indent=1) + "\n")
+def write(path: Path, found: dict[int, dict[tuple[int, int], list[Plan | None]]], about: dict[str, str]) -> None:
+    """The file that `read` reads; see `plans.write`."""
+    plans.write(path, {f"int{bits}": shapes for bits, shapes in found.items()}, about)

@@ -63,6 +63,13 @@ __device__ __forceinline__ void copy_box(u32 to, const Matrix& from, int column,
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], "
       "[%4], %5;" ::"r"(to), "l"(&from), "r"(column), "r"(row), "r"(barrier), "l"(policy) : "memory");
 }
+// The box to this address in the first so many blocks of the cluster, completing on the barrier of each.
+template <int BLOCKS>
+__device__ __forceinline__ void copy_box_to_blocks(u32 to, const Matrix& from, int column, int row, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
+      "[%4], %5;" ::"r"(to), "l"(&from), "r"(column), "r"(row), "r"(barrier), "h"((u16)((1 << BLOCKS) - 1)) : "memory");
+}
 
 // The box from shared memory to this column and row; nothing beyond the matrix. Copies back of a thread form groups.
 __device__ __forceinline__ void copy_box_back(u32 from, const Matrix& to, int column, int row) {
@@ -107,6 +114,8 @@ __device__ __forceinline__ int cluster_size() {
 // That all blocks of the cluster have made their barriers, in two halves: each says that it has, and waits for the others.
 __device__ __forceinline__ void cluster_ready() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// That what this thread has sent to other blocks is on its way, instead of the first half.
+__device__ __forceinline__ void cluster_sent() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void add(float4& sum, float4 v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }
 // To this shared address of another block of the cluster, completing on its barrier.
 __device__ __forceinline__ void cluster_store(u32 address, u32 barrier, u32 rank, float4 v) {
@@ -133,6 +142,13 @@ __device__ __forceinline__ void copy_to_block(u32 rank, u32 to, u32 from, u32 by
       "mapa.shared::cluster.u32 on, %3, %4;\n"
       "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%1], %2, [on]; }" ::"r"(to),
       "r"(from), "r"(bytes), "r"(barrier), "r"(rank) : "memory");
+}
+// At the barrier of another block, or of this one.
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
+  asm volatile(
+      "{ .reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(rank) : "memory");
 }
 // For what blocks of the cluster store here.
 __device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 phase) {

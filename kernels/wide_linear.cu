@@ -6,7 +6,6 @@
 // blocks of a cluster share K of one tile and add up their sums in a fixed order (SPLIT).
 //
 // Defines: HALF, TOKENS (of a block: 16, 32, 64, 128 or 256), GROUPS (consumer warpgroups), TALL (of 64 channels that each
-// Defines: HALF, TOKENS (of a block: 16, 32, 64, 128 or 256), GROUPS (consumer warpgroups), TALL (of 64 channels that each
 // computes: 1 or 2), SPLIT (0 or 1), STAGES (of 64 k), BATCH (1 or 2: products of 16 k that are issued together),
 // PRODUCERS (threads, of which one copies), INT4 (0: the weight is int8), GROUP (weights along K that share a scale; 0:
 // all of an int8 channel). Where two warpgroups have more sums than they have registers, PRODUCERS is 128: only whole
@@ -17,7 +16,8 @@
 // Grid, along x: at most as many blocks as tiles of 64 GROUPS TALL channels and TOKENS tokens; if SPLIT, as many for each
 // tile as a cluster has, at most as many as there are steps of 64 k.
 
-#include "ptx.cuh"
+#define SUM(x) "+f"(x)
+#include "wgmma.cuh"
 
 extern __shared__ __align__(1024) u8 shared[];
 
@@ -30,24 +30,6 @@ extern __shared__ __align__(1024) u8 shared[];
 
 // wgmma -------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void operands_ready() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT>
-__device__ __forceinline__ void products_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
-// Of an operand whose rows are 128 bytes of k, swizzled, 8 rows every 1024 bytes
-__device__ __forceinline__ u64 descriptor(u32 address) {
-  return (u64)(address >> 4 & 0x3FFF) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
-}
-
-#define F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
-#define N8 "%0,%1,%2,%3,%4,%5,%6,%7"
-#define N16 N8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define N32 N16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define N64 N32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
-                ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define PRODUCT(width, sums, a0, a1, a2, a3, b, when, ...)                                                         \
   asm volatile("{ .reg .pred add; setp.ne.b32 add, " when ", 0;\n"                                                  \
                "wgmma.mma_async.sync.aligned.m64n" width "k16.f32." HALF_TYPE "." HALF_TYPE " {" sums "},{" a0 "," a1 \
