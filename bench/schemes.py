@@ -16,10 +16,13 @@ DECODE = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
 PREFILL = (1, 16, 64, 256, 1024, 2048, 8192)
 
 
-def codes(x: Tensor, largest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [..., K] as codes [..., K] and scales [..., 1] in fp32: the largest magnitude of a row becomes `largest`."""
+def codes(x: Tensor, largest: int, dtype: torch.dtype, stored: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """x [..., K] as codes [..., K] and scales [..., 1]: the largest magnitude of a row becomes `largest`.
+
+    Scales are in fp32, but no more precise than the dtype that they are `stored` in.
+    """
     wide = x.float()
-    scale = (wide.abs().amax(-1, keepdim=True) / largest).clamp_min(TINY)
+    scale = (wide.abs().amax(-1, keepdim=True) / largest).clamp_min(TINY).to(stored).float()
     scaled = wide * scale.reciprocal()
     whole = scaled if dtype.is_floating_point else scaled.round()
     return whole.clamp(-largest, largest).to(dtype), scale
@@ -104,7 +107,7 @@ KINDS = {
     "bf16": Kind(lambda w: w.plain.float(), rate=1),
     "int4": Kind(Weights.unpacked_int4, DECODE, 1),
     "int8": Kind(lambda w: decoded(*w.int8_pair(w.plain)), DECODE, 1),
-    "float8wo": Kind(lambda w: of_float8(w.plain), rate=1),
+    "float8wo": Kind(lambda w: decoded(*float8_codes(w.plain, stored=torch.bfloat16)), rate=1),
     "int8dq": Kind(lambda w: decoded(*w.int8_pair(w.plain)), x=of_int8),
     "float8dq": Kind(lambda w: of_float8(w.plain), x=of_float8),
     "sparse24": Kind(lambda w: w.pruned.float()),
