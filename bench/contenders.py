@@ -1,4 +1,4 @@
-"""Who is timed by `bench.linear`: plain bf16, ours, and the kernels that people use, each on the same weight."""
+"""Who is timed by `bench.linear`: plain bf16, ours, and the weight-only kernels that people use, on the same weight."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from aograph.kernels import int4_linear as int4
 from aograph.kernels import int8_linear as int8
 from torch import Tensor
 
+from .schemes import Weights
+
 # What torchao's quantize_ sets for all of Inductor.
 TORCHAO = {
     "coordinate_descent_tuning": True,
@@ -21,47 +23,30 @@ TORCHAO = {
 }
 
 
-class Weights:
-    """A random weight [N, K] in bf16 and what int4 and int8 make of it."""
-
-    def __init__(self, N: int, K: int, group_size: int, device: torch.device):
-        self.N, self.K, self.group_size = N, K, group_size
-        self.plain = torch.randn(N, K, dtype=torch.bfloat16, device=device).div_(K**0.5)
-        self.int4 = int4.pack(self.plain, group_size)
-        self.int8 = int8.pack(self.plain)
-
-    def exact(self, kind: str) -> Tensor:
-        """The weight [N, K] that a contender computes with, in fp32."""
-        if kind == "int4":
-            q, scale_zero = self.int4
-            return int4.unpack(q, scale_zero.float(), self.group_size, self.N)
-        return int8.unpack(self.int8[0], self.int8[1].float()) if kind == "int8" else self.plain.float()
-
-    def codes(self) -> Tensor:
-        """The codes of int4 as uint8 [N, K]."""
-        q = self.int4[0]
-        return torch.cat([q & 15, q >> 4], 2).transpose(1, 2).reshape(-1, self.K)[: self.N].contiguous()
-
-    def scale_zero(self) -> Tensor:
-        """The pairs (scale, zero) of int4, [K/g, N, 2]."""
-        return self.int4[1][:, : self.N].contiguous()
+def stored_bytes(tensor: Tensor) -> int:
+    """Of a tensor; of a subclass that is made of others, theirs."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
 @dataclass(frozen=True)
 class Contender:
     """packed: the tensors that it reads the weight from; call(x, *packed) -> y; kernel(x): what runs, where it varies.
 
-    copies: of `packed`, itself first; too many for the caches.
+    scaled: makes what `call` gives y, outside of the time, where it is no y yet. copies: of `packed`, itself first; too
+    many for the caches.
     """
 
     packed: tuple[Tensor, ...]
     call: Callable[..., Tensor]
     kernel: Callable[[Tensor], str] = lambda x: ""
+    scaled: Callable[[Tensor], Tensor] = lambda y: y
     copies: tuple[tuple[Tensor, ...], ...] = ()
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.packed)
+        return sum(map(stored_bytes, self.packed))
 
     def copied(self, least: int) -> Contender:
         """With copies of together at least `least` bytes, two at least."""
@@ -108,7 +93,6 @@ def torchao(weights: Weights) -> Contender:
 
 
 def torchao_compiled(weights: Weights) -> Contender:
-    torch.compiler.reset()  # the last shape's code
     call = torch.compile(lambda x, weight: F.linear(x, weight), dynamic=False, options=TORCHAO)
     return Contender(torchao(weights).packed, call)
 
@@ -145,15 +129,21 @@ def gemlite_contender(layer: Any) -> Contender:
 
 @dataclass(frozen=True)
 class Entry:
-    """kind: whose weights it computes with; build; at: the M that it runs at, None for all; ours."""
+    """kind: whose weights it computes with; build(weights); at: the M that it runs at, None for all; ours.
+
+    anew: it is built for each M, by build(weights, x). part: it does a part of the work, so that no time is compared
+    with its own.
+    """
 
     kind: str
-    build: Callable[[Weights], Contender]
+    build: Callable[..., Contender]
     at: tuple[int, ...] | None = None
     ours: bool = False
+    anew: bool = False
+    part: bool = False
 
 
-ENTRIES = {
+WEIGHT_ONLY = {
     "bf16": Entry("bf16", bf16),
     "int4": Entry("int4", ours4, ours=True),
     "tinygemm": Entry("int4", tinygemm),

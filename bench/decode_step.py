@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .random_model import random_model
+
 HEAD = 128  # size of a head
 SHARED = 4  # query heads that share a head of keys and values
 THETA = 500000.0  # of the rotary embedding
@@ -87,10 +89,5 @@ class Llama(nn.Module):
 
 
 def llama(width: int, layers: int, device: torch.device) -> Llama:
-    """bf16, on the device; linear weights are normal with deviation 0.02, norms are 1. The same for a seed."""
-    with torch.device("meta"):
-        model = Llama(width, layers).bfloat16().eval().requires_grad_(False)
-    model.to_empty(device=device)
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
-    return model
+    """With random weights, in bf16 on the device."""
+    return random_model(lambda: Llama(width, layers), device)

@@ -1,23 +1,32 @@
-"""Times int4 and int8 linear layers on a GPU against cuBLAS in bf16 and the kernels that people use.
+"""Times linear layers under each scheme on a GPU against cuBLAS in bf16 and the kernels that people use.
 
-    python -m bench.linear [--shapes 6144x4096 …] [--m 1 2 …] [--ops int4 int8] [--json OUT] [--plot OUT.png]
+    python -m bench.linear [--shapes 6144x4096 …] [--ops int4 int8dq …] [--m 1 2 …] [--json OUT] [--plot OUT.png]
 
 Every contender of a shape and M is one CUDA graph. Its calls go round copies of the weight that together are at least
 three times the L2, two at least, and there are as many calls as take half a millisecond at the ceilings of the device,
 which are measured in the same run. The graphs are replayed in turns; a figure is the median over the replays, divided
-by the calls. Each contender's result is first compared with a product in fp32 by the dequantized weight; an error of
-ours over 1e-2 makes the exit status 1.
+by the calls. Each contender's result is first compared with a product in fp32 by the dequantized weight, and x as the
+scheme rounds it; an error of ours over 1e-2 makes the exit status 1.
 
-The peers, all but GemLite's zero points (rounded to bf16 anew) on the very weights that ours reads:
+Of the weight-only schemes ours is the op. The peers, all but GemLite's zero points (rounded to bf16 anew) on the very
+weights that ours reads:
     tinygemm          aten._weight_int4pack_mm; torchao's int4 on CUDA, without further packages, is this kernel too
     torchao           its int8 weight-only tensor, run eagerly: the weight is cast at each call, then cuBLAS
     torchao compiled  the same behind torch.compile under the settings that torchao sets, at M = 1 and 16, as each M is
                       compiled anew
     gemlite           its A16W4 and A16W8 layers, with the tables that it ships for the H100
+Of the others ours is the graph of one linear as the recipe leaves it, compiled anew for each M, as are the peers; a
+weight that is to be sparse is 2:4 already. Quantizing x is in the time.
+    _int_mm, _scaled_mm       of torch, with quantizing and scaling compiled around it; float8 with fast accumulation
+    torchao int8dq, float8dq  its dynamic configurations, float8 with a scale for each row, compiled as above
+    cuSPARSELt …              after its search for an algorithm, in the faster layout of y; x padded to 16 tokens;
+                              quantizing and scaling compiled around it
+    … product                 its product alone, of an x that is quantized already: never the best peer
 What is no figure says why: "not installed"; "skipped", where the peer took over 40 times as long as bf16 at a smaller
 M; "no time", once a peer's first calls, where it compiles and tunes itself, have taken --patience seconds in all;
 "error", with the message once on stderr. `roofline` is the share of the larger of two times: the bytes of packed
-weight, x and y at the read bandwidth, and the operations at the bf16 rate.
+weight, x and y at the read bandwidth, and the operations at the bf16 rate, twice that where codes are of 8 bits on both
+sides or the weight is sparse, four times where both.
 """
 
 from __future__ import annotations
@@ -27,7 +36,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,11 +45,15 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from .contenders import ENTRIES, Contender, Weights
+from .contenders import WEIGHT_ONLY, Contender
 from .device import Ceilings, cache_bytes, ceilings, machine, medians, record, write
+from .dynamic_contenders import DYNAMIC
+from .schemes import KINDS, Weights
+from .worker import distance
+
+ENTRIES = WEIGHT_ONLY | DYNAMIC
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192))  # N, K
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
 BUSY = 5e-4  # seconds that a graph takes at the ceilings, so that its launch does not count
 HOPELESS = 40  # times bf16
 TOLERANCE = 1e-2
@@ -57,13 +70,17 @@ class Run:
     told: set[str] = field(default_factory=set)
     errors: dict[str, float] = field(default_factory=dict)  # the largest of each contender
 
-    def contender(self, name: str, weights: Weights) -> Contender | str:
+    def contender(self, name: str, *given: Any) -> Contender | str:
         try:
-            return ENTRIES[name].build(weights).copied(3 * cache_bytes(self.device))
+            return ENTRIES[name].build(*given).copied(3 * cache_bytes(self.device))
         except ModuleNotFoundError as missing:
             return self.tell(name, "not installed", missing)
         except Exception as error:
             return self.tell(name, "error", error)
+
+    def tired(self, name: str) -> bool:
+        """Whether a peer's first calls have taken too long."""
+        return not ENTRIES[name].ours and self.waited.get(name, 0) > self.patience
 
     def tell(self, name: str, word: str, error: Exception) -> str:
         """The word for the table; what it stands for goes to stderr, once for a contender."""
@@ -80,15 +97,11 @@ class Run:
         cells: dict[str, float | str] = {}
         errors, runs, counts = {}, {}, {}
         for name, each in found.items():
-            entry = ENTRIES[name]
-            if not entry.ours and self.waited.get(name, 0) > self.patience:
-                cells[name] = "no time"
-                continue
             try:
                 start = time.perf_counter()
-                y = each.call(x, *each.packed)
-                expected = references[entry.kind]
-                errors[name] = float((y.float() - expected).norm() / expected.norm())  # waits for the call
+                for one in each.copies:  # a kernel may keep something of each
+                    y = each.call(x, *one)
+                errors[name] = distance(each.scaled(y), references[ENTRIES[name].kind])  # waits for the calls
                 self.waited[name] = self.waited.get(name, 0) + time.perf_counter() - start
                 calls = self.calls(each, x, y)
                 runs[name], counts[name] = record(calls, self.device), len(calls)
@@ -106,26 +119,30 @@ class Run:
         return [lambda one=one: each.call(x, *one) for one in each.copies * rounds]
 
 
-def sweep(
-    run: Run, N: int, K: int, tokens: Sequence[int], kinds: Sequence[str], group_size: int
-) -> Iterator[dict[str, Any]]:
-    """The rows of one shape, for each M one of each kind."""
+def sweep(run: Run, N: int, K: int, tokens: Mapping[str, Collection[int]], group_size: int) -> Iterator[dict[str, Any]]:
+    """The rows of one shape, for each M one of each kind that is measured there; tokens: the M of each kind."""
     weights = Weights(N, K, group_size, run.device)
-    exact = {kind: weights.exact(kind) for kind in ("bf16", *kinds)}
-    built = {name: run.contender(name, weights) for name, entry in ENTRIES.items() if entry.kind in exact}
+    exact = {kind: KINDS[kind].weight(weights) for kind in ("bf16", *tokens)}
+    entries = {name: entry for name, entry in ENTRIES.items() if entry.kind in exact}
+    built = {name: run.contender(name, weights) for name, entry in entries.items() if not entry.anew}
     hopeless: set[str] = set()
-    for M in sorted(tokens):
+    for M in sorted(set().union(*tokens.values())):
+        torch.compiler.reset()  # the code of the last M
         x = torch.randn(M, K, dtype=torch.bfloat16, device=run.device)
-        references = {kind: x.float() @ weight.T for kind, weight in exact.items()}
-        here = {name: c for name, c in built.items() if ENTRIES[name].at is None or M in ENTRIES[name].at}
-        cells: dict[str, float | str] = {name: c for name, c in here.items() if isinstance(c, str)}
-        cells |= dict.fromkeys(hopeless & here.keys(), "skipped")
-        timed, errors = run.measure({name: c for name, c in here.items() if name not in cells}, x, references)
+        kinds = [kind for kind in tokens if M in tokens[kind]]
+        references = {kind: KINDS[kind].x(x) @ exact[kind].T for kind in ("bf16", *kinds)}
+        here: dict[str, Contender | str] = {}
+        for name, entry in entries.items():
+            if entry.kind in references and (entry.at is None or M in entry.at):
+                out = "skipped" if name in hopeless else "no time" if run.tired(name) else None
+                here[name] = out or (run.contender(name, weights, x) if entry.anew else built[name])
+        cells: dict[str, float | str] = {name: each for name, each in here.items() if isinstance(each, str)}
+        timed, errors = run.measure({n: each for n, each in here.items() if not isinstance(each, str)}, x, references)
         cells |= timed
         base = cells["bf16"]
         hopeless |= {n for n, t in timed.items() if not isinstance(t, str | None) and t > HOPELESS * seconds(base)}
         for kind in kinds:
-            yield row_of(run, kind, weights, M, built, cells, errors, x)
+            yield row_of(run, kind, weights, M, here[kind], cells, errors, x)
 
 
 def seconds(cell: float | str) -> float:
@@ -134,20 +151,21 @@ def seconds(cell: float | str) -> float:
 
 
 def row_of(
-    run: Run, kind: str, weights: Weights, M: int, built: dict[str, Contender | str],
+    run: Run, kind: str, weights: Weights, M: int, ours: Contender | str,
     cells: dict[str, float | str], errors: dict[str, float], x: Tensor,
 ) -> dict[str, Any]:  # fmt: skip
     """One line of the figures: ours of this kind at one shape and M, and all that it is measured against."""
-    ours, mine = built[kind], cells[kind]
-    peers = {n: t for n, t in cells.items() if ENTRIES[n].kind == kind and not ENTRIES[n].ours}
-    best = min(peers, key=lambda name: seconds(peers[name]), default=None)
+    mine = cells[kind]
+    peers = {n: cells[n] for n, e in ENTRIES.items() if e.kind == kind and not e.ours and n in cells}
+    whole = [name for name in peers if not ENTRIES[name].part]
+    best = min(whole, key=lambda name: seconds(peers[name]), default=None)
     row: dict[str, Any] = {"N": weights.N, "K": weights.K, "M": M, "op": kind,
                            "us": {n: microseconds(cells[n]) for n in ("bf16", kind, *peers)},
                            "errors": {n: errors[n] for n in ("bf16", kind, *peers) if n in errors}}  # fmt: skip
     if isinstance(mine, str) or isinstance(ours, str):
         return row
     size = ours.bytes + 2 * M * (weights.K + weights.N)
-    least = run.limits.seconds(size, 2 * M * weights.N * weights.K)
+    least = run.limits.seconds(size, 2 * M * weights.N * weights.K / KINDS[kind].rate)
     row |= {"kernel": ours.kernel(x), "roofline us": microseconds(least), "share": round(least / mine, 4)}
     if not isinstance(cells["bf16"], str):
         row["x bf16"] = round(cells["bf16"] / mine, 3)
@@ -227,10 +245,10 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m bench.linear", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="NxK")
-    parser.add_argument("--m", type=int, nargs="+", default=TOKENS, help="rows of x")
-    parser.add_argument("--ops", nargs="+", choices=["int4", "int8"], default=["int4", "int8"])
+    parser.add_argument("--m", type=int, nargs="+", help="rows of x; else those that a scheme is for")
+    parser.add_argument("--ops", nargs="+", choices=[*KINDS][1:], default=["int4", "int8"], help="schemes")
     parser.add_argument("--group-size", type=int, default=64, help="weights that share a scale, int4")
-    parser.add_argument("--patience", type=float, default=20, help="seconds for the first calls of each peer, in all")
+    parser.add_argument("--patience", type=float, default=60, help="seconds for the first calls of each peer, in all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures there")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="also draw them, with matplotlib")
@@ -244,10 +262,11 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps(about))
     print(f"ceilings: {limits}", flush=True)
     run, rows = Run(device, limits, options.patience), []
+    tokens = {kind: options.m or KINDS[kind].tokens for kind in options.ops}
     try:
         for N, K in options.shapes:
             first = len(rows)
-            for row in sweep(run, N, K, options.m, options.ops, options.group_size):
+            for row in sweep(run, N, K, tokens, options.group_size):
                 rows.append(row)
                 write(options.json, about, limits, rows)
             for kind in options.ops:
@@ -256,7 +275,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.plot and rows:
             plot(rows, limits, about, options.plot)
     print("\nlargest error against fp32: " + ", ".join(f"{name} {error:.2e}" for name, error in run.errors.items()))
-    print("seconds of first calls: " + ", ".join(f"{name} {waited:.1f}" for name, waited in run.waited.items()))
+    print(
+        "seconds of making and first calls: " + ", ".join(f"{name} {waited:.1f}" for name, waited in run.waited.items())
+    )
     wrong = [kind for kind in options.ops if not run.errors.get(kind, float("inf")) <= TOLERANCE]
     if wrong:
         raise SystemExit(f"{', '.join(wrong)}: the error is over {TOLERANCE}, or nothing ran")

@@ -1,15 +1,7 @@
 import torch
 import torch.nn.functional as F
 
-from bench.contenders import Contender, Weights
-
-CPU = torch.device("cpu")
-
-
-def test_codes_are_those_of_the_packed_weight():
-    weights = Weights(96, 256, 64, CPU)
-    pairs = weights.scale_zero().float().repeat_interleave(64, 0).permute(2, 1, 0)
-    assert torch.equal((weights.codes().float() - 8) * pairs[0] + pairs[1], weights.exact("int4"))
+from bench.contenders import Contender, stored_bytes
 
 
 def test_copies_are_too_many_for_the_caches():
@@ -17,3 +9,14 @@ def test_copies_are_too_many_for_the_caches():
     few, many = (Contender((weight,), F.linear).copied(least).copies for least in (1, 10 * weight.nbytes))
     assert (len(few), len(many)) == (2, 10)
     assert len({each[0].data_ptr() for each in many}) == 10
+
+
+def test_bytes_of_a_tensor_made_of_others_are_theirs():
+    class Halves(torch.Tensor):
+        def __tensor_flatten__(self):
+            return ["left", "right"], None
+
+    halves = torch.zeros(8).as_subclass(Halves)
+    halves.left, halves.right = torch.zeros(3, dtype=torch.int8), torch.zeros(2)
+    assert stored_bytes(halves) == 3 + 8
+    assert stored_bytes(torch.zeros(8)) == 32

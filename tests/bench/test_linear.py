@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from bench import contenders, linear
-from bench.contenders import ENTRIES, Contender, Entry
+from bench.contenders import Contender, Entry
 from bench.device import Ceilings
-from bench.linear import Run
+from bench.dynamic_contenders import plain, recipe
+from bench.linear import ENTRIES, Run
 
 CPU = torch.device("cpu")
 LIMITS = Ceilings(read=1e12, matmul=1e15)  # so high that a graph would be of many calls: see `run`
@@ -34,7 +35,7 @@ def entries(monkeypatch):
 
 
 def rows_of(run, tokens=(1, 4), kinds=("int4",)):
-    return list(linear.sweep(run, 128, 256, tokens, kinds, 64))
+    return list(linear.sweep(run, 128, 256, dict.fromkeys(kinds, tokens), 64))
 
 
 def test_a_row_has_ratios_and_the_kernel(run, entries):
@@ -78,6 +79,33 @@ def test_a_peer_that_compiles_too_long_is_left_out(run, entries):
     assert first["us"]["tinygemm"] == 6.0
     assert second["us"]["tinygemm"] == "no time"
     assert second["us"]["int4"] == 4.0
+
+
+def test_each_kind_has_its_own_tokens_and_the_part_of_a_product_is_no_peer(run, entries):
+    def built(weights, x):
+        assert x.shape[0] in (2, 3)
+        return Contender((weights.plain,), lambda x, weight: F.linear(x, weight), lambda x: f"M = {len(x)}")
+
+    entries |= {
+        "int8dq": Entry("int8dq", built, ours=True, anew=True),
+        "whole": Entry("int8dq", built, anew=True),
+        "product": Entry("int8dq", built, anew=True, part=True),
+    }
+    run.us |= {"int8dq": 4.0, "whole": 5.0, "product": 1.0}
+    rows = list(linear.sweep(run, 128, 256, {"int4": (1, 3), "int8dq": (2, 3)}, 64))
+    assert [(row["op"], row["M"]) for row in rows] == [("int4", 1), ("int8dq", 2), ("int4", 3), ("int8dq", 3)]
+    assert (rows[3]["best peer"], rows[3]["x best peer"], rows[3]["kernel"]) == ("whole", 1.25, "M = 3")
+    assert rows[3]["us"]["product"] == 1.0
+
+
+def test_a_recipe_that_there_is_not_is_an_error_of_its_row(run, entries, monkeypatch, capsys):
+    def unknown(weights, x):
+        return recipe("int8dp", plain, weights, x)
+
+    entries["int8dq"] = Entry("int8dq", unknown, ours=True, anew=True)
+    (row,) = rows_of(run, tokens=(2,), kinds=("int8dq",))
+    assert row["us"] == {"bf16": 10.0, "int8dq": "error"}
+    assert "unknown scheme 'int8dp'" in capsys.readouterr().err
 
 
 def test_a_wrong_result_of_ours_fails_the_run(run, entries, monkeypatch, tmp_path, capsys):
