@@ -146,8 +146,8 @@ class Watched(OptimizedModule):
         if bounds and not (finite := torch.stack(bounds).isfinite().all(1)).all():
             name, _ = self._batch[finite.tolist().index(False)]
             raise InputError(
-                f"NaN or inf goes into the linear {name.removesuffix('.weight')} in batch {number}, and into none before "
-                "it: look at that batch, or at the dtype of the model (float16 ends at 65504)"
+                f"NaN or inf goes into the linear {name.removesuffix('.weight')} in batch {number}, the first "
+                "to get any: look at that batch, or at the dtype of the model (float16 ends at 65504)"
             )
         self._batch.clear()
         self.batches += 1

@@ -15,7 +15,6 @@ from tests.models.zoo import build, ids
 from tests.programs import Function
 from tests.small_models import MLP, Branching, Counting, Tied, untouched
 
-
 MLP_ONE = MLP()
 
 
