@@ -1,4 +1,4 @@
-"""The command line: `aograph optimize`, `explain`, `export`, `calibrate`, `inspect`, `serve`, `tune`, `recipes`, `env` …"""
+"""The command line: `aograph optimize`, `explain`, `calibrate`, `export`, `inspect`, `serve`, `tune`, `env` …"""
 
 from __future__ import annotations
 
