@@ -55,8 +55,8 @@ def calibrate(
     uses of a weight (those that read the same x are one), and under all names of a tied one. Sums are in float64, in a
     fixed order.
 
-    Raises `InputError` where there is no batch, for one that is no call of the model, and for NaN and inf in what goes
-    into a linear, `CaptureError` for models that cannot be captured whole, and what `optimize` raises.
+    Raises `InputError` where there is no batch or no token, for a batch that is no call of the model, and for NaN and
+    inf in what goes into a linear, `CaptureError` for models that cannot be captured whole, and what `optimize` raises.
     """
     check_model(model)
     parsed, target = Recipe.of(recipe), resolve(device, model)
@@ -77,7 +77,10 @@ def calibrate(
             watched.close(number)
     if watched.batches == 0:
         raise InputError("batches is empty: there is nothing to calibrate on (a generator is used up after one loop)")
-    return replace(parsed, statistics=watched.statistics())
+    found = watched.statistics()
+    if not found:
+        raise InputError("nothing went into a linear: the batches hold no token, or the model's graph has no linear")
+    return replace(parsed, statistics=found)
 
 
 @dataclass

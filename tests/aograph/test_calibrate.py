@@ -271,6 +271,12 @@ def test_no_batches(batches):
         calibrate(MLP_ONE, "int8wo", batches)
 
 
+@pytest.mark.parametrize("model, rows", [(MLP_ONE, 0), (nn.ReLU(), 3)])
+def test_nothing_goes_into_a_linear(model, rows):
+    with pytest.raises(InputError, match="nothing went into a linear: the batches hold no token, or the model's graph"):
+        calibrate(model, "int8wo", [torch.randn(rows, 64)], progress=False)
+
+
 @pytest.mark.parametrize("batches", [3, None, torch.randn(3, 64), {"x": torch.randn(3, 64)}, "text.txt"])
 def test_what_is_no_iterable_of_batches(batches):
     with pytest.raises(InputError, match=f"batches is a {type(batches).__name__}: give an iterable of calls"):
