@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -94,4 +93,4 @@ def optional_rules(recipe: Recipe, model: nn.Module) -> Recipe:
             named = Rule(rule.scheme, name=rule.name.partition("[")[0] if "re:" not in rule.name else rule.name)
             if not any(named.matches(SimpleNamespace(name=name)) for name in names):  # type: ignore[arg-type]
                 raise RecipeError(f"no module of the model has a name that the rule {rule} selects")
-    return Recipe(tuple(dataclasses.replace(rule, optional=True) for rule in recipe.rules))
+    return recipe.lenient()

@@ -6,8 +6,8 @@ import difflib
 import logging
 import os
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch.fx import Node
@@ -22,6 +22,7 @@ from .program import Program, nbytes
 from .recipe import Recipe
 from .report import REWRITTEN, SKIPPED, PassRecord, Report
 from .schemes import nearest
+from .statistics import LinearStatistics
 from .verify import verify
 
 log = logging.getLogger(__name__)
@@ -29,9 +30,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Context:
-    """What passes may ask about besides the program."""
+    """What passes may ask about besides the program.
+
+    statistics: of the linears that the recipe was calibrated on, by the qualified names of their weights.
+    """
 
     recipe: Recipe
+    statistics: Mapping[str, LinearStatistics] = field(default_factory=dict)
 
 
 def order(passes: Sequence[Pass]) -> list[Pass]:
@@ -71,7 +76,7 @@ def run(
     report = Report(bytes_before=sum(nbytes(t) for t in program.constants.values()))
     before = program.text()
     original = reproducer.snapshot(program)
-    context = Context(recipe)
+    context = Context(recipe, recipe.statistics)
     for step, each in enumerate(order([p for p in passes if p.name not in disable])):
         start = time.perf_counter()
         try:

@@ -14,22 +14,29 @@ As TOML, one `[[rule]]` each, with the keys of `Rule` and the parameters of the 
     [[rule]]
     name = "lm_head"
     scheme = "none"
+
+A recipe that was calibrated names the file of its statistics, which lies beside it, above the rules::
+
+    statistics = "recipe.statistics.safetensors"
 """
 
 from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from . import statistics
 from .errors import RecipeError
 from .predicate import Shape, holds, parse
 from .schemes import PRESETS, Scheme, nearest
+from .statistics import LinearStatistics
 
 
 class Candidate(Protocol):
@@ -109,9 +116,10 @@ SELECTORS = ("name", "operator", "module", "shape")
 
 @dataclass(frozen=True)
 class Recipe:
-    """An ordered list of rules."""
+    """An ordered list of rules; after `aograph.calibrate` with statistics of linears, by the names of their weights."""
 
     rules: tuple[Rule, ...]
+    statistics: Mapping[str, LinearStatistics] = field(default_factory=dict, hash=False, repr=False)
 
     @classmethod
     def of(cls, source: Any) -> Recipe:
@@ -121,10 +129,7 @@ class Recipe:
         if isinstance(source, Scheme):
             return cls((Rule(source),))
         if isinstance(source, Path) or (isinstance(source, str) and source.endswith(".toml")):
-            try:
-                return cls.from_toml(Path(source).read_text())
-            except OSError as error:
-                raise RecipeError(f"the recipe {source} cannot be read: {error.strerror}") from None
+            return cls.read(Path(source))
         if isinstance(source, str):
             return cls(tuple(parse_part(p) for p in re.split(r"\+(?![^(]*\))", source)))
         if isinstance(source, Iterable):
@@ -134,21 +139,41 @@ class Recipe:
         raise RecipeError(f"{source!r} is no recipe: give a preset, a scheme, a list of rules, a Recipe or a .toml")
 
     @classmethod
-    def from_toml(cls, text: str) -> Recipe:
+    def read(cls, path: Path) -> Recipe:
+        """A recipe that was written by hand, or by `save`."""
         try:
-            document = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"the recipe is no TOML: {error}") from None
-        for key in document:
-            if key != "rule":
-                raise RecipeError(f"unknown key {key!r} in the recipe; {nearest(key, ['rule'])}")
-        rules = document.get("rule", [])
-        if not isinstance(rules, list) or not rules:
-            raise RecipeError("the recipe has no [[rule]]")
-        return cls(tuple(rule_from(dict(table), f"rule {i}") for i, table in enumerate(rules, 1)))
+            text = path.read_text()
+        except OSError as error:
+            raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from None
+        rules, beside = parse_toml(text)
+        return cls(rules, {} if beside is None else statistics.read(path.parent / beside))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a `.toml` file that `Recipe.of` reads back; statistics go to `STEM.statistics.safetensors` beside it.
+
+        Raises `RecipeError` for other paths, those that cannot be written, and rules that have no text.
+        """
+        path = Path(path)
+        if path.suffix != ".toml":
+            raise RecipeError(f"a recipe is a .toml file, not {path.name}: give {path.with_suffix('.toml')}")
+        text, beside = self.to_toml(), path.with_suffix(".statistics.safetensors")
+        try:
+            if self.statistics:
+                text = f"statistics = {quoted(beside.name)}\n\n{text}"
+                replace_file(beside, lambda fresh: statistics.write(fresh, self.statistics))
+            replace_file(path, lambda fresh: fresh.write_text(text))
+        except OSError as error:
+            raise RecipeError(f"the recipe {path} cannot be written: {error.strerror}") from None
+
+    @classmethod
+    def from_toml(cls, text: str) -> Recipe:
+        rules, beside = parse_toml(text)
+        if beside is not None:
+            raise RecipeError(f"the recipe has statistics in {beside!r}, beside its file: give the path of that file")
+        return cls(rules)
 
     def to_toml(self) -> str:
-        """The recipe as TOML, which `from_toml` reads back; rules whose shape is a function have no text."""
+        """The rules as TOML, which `from_toml` reads back; those whose shape is a function have no text."""
         lines: list[str] = []
         for rule in self.rules:
             if callable(rule.shape):
@@ -190,7 +215,7 @@ class Recipe:
 
     def lenient(self) -> Recipe:
         """The same, with all rules optional: for graphs that are parts of a model."""
-        return Recipe(tuple(replace(rule, optional=True) for rule in self.rules))
+        return replace(self, rules=tuple(replace(rule, optional=True) for rule in self.rules))
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.rules))
@@ -210,6 +235,33 @@ def parse_part(text: str) -> Rule:
     if found["name"]:
         table["name"] = found["name"]
     return rule_from(table, repr(text.strip()))
+
+
+def parse_toml(text: str) -> tuple[tuple[Rule, ...], str | None]:
+    """The rules of a recipe as TOML, and the name of the file of its statistics, if it has some."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"the recipe is no TOML: {error}") from None
+    for key in document:
+        if key not in ("rule", "statistics"):
+            raise RecipeError(f"unknown key {key!r} in the recipe; {nearest(key, ['rule', 'statistics'])}")
+    rules, beside = document.get("rule", []), document.get("statistics")
+    if not isinstance(rules, list) or not rules:
+        raise RecipeError("the recipe has no [[rule]]")
+    if not isinstance(beside, str | None):
+        raise RecipeError(f"statistics = {beside!r} is a {type(beside).__name__}: give the name of a file")
+    return tuple(rule_from(dict(table), f"rule {i}") for i, table in enumerate(rules, 1)), beside
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Puts a whole new file in place of an old one, or leaves that as it is."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(fresh)
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def quoted(value: Any) -> str:

@@ -35,10 +35,10 @@ def program_of(model, *inputs, dynamic=False, **weights) -> Program:
 
 def apply(program: Program, *names: str, recipe="int8wo") -> list[int]:
     """Runs passes by name, the verifier after each; returns the number of their matches."""
-    by_name = {each.name: each for each in PASSES}
+    by_name, recipe = {each.name: each for each in PASSES}, Recipe.of(recipe)
     matches = []
     for name in names:
-        matches.append(by_name[name].run(program, Context(Recipe.of(recipe))))
+        matches.append(by_name[name].run(program, Context(recipe, recipe.statistics)))
         verify(program)
     program.graph_module.recompile()
     return matches

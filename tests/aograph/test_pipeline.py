@@ -15,6 +15,7 @@ from aograph import PassError, Recipe, RecipeError, explain, optimize, pipeline
 from aograph.cli import main
 from aograph.pipeline import order, run
 from aograph.reproducer import load
+from aograph.statistics import LinearStatistics
 from tests.programs import operators, program_of
 from tests.small_models import MLP
 
@@ -63,6 +64,15 @@ def test_the_order_of_all_passes():
 
 
 # --- a run -------------------------------------------------------------------------------------------------
+
+
+def test_passes_see_the_statistics_of_the_recipe():
+    seen = []
+    look = named("look", Stage.QUANTIZE, work=lambda _, context: seen.append(context.statistics.get("up.weight")) or 0)
+    found = LinearStatistics(-1.0, 1.0, torch.ones(64), 3)
+    run(program_of(MLP(), X), replace(INT8, statistics={"up.weight": found}), passes=[look])
+    run(program_of(MLP(), X), INT8, passes=[look])
+    assert seen == [found, None]
 
 
 def test_history():

@@ -1,13 +1,17 @@
-from dataclasses import dataclass
+import copy
+import pickle
+from dataclasses import dataclass, replace
 
 import pytest
 import sympy
+import torch
 from aograph.kernels.rounding import ALGORITHMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aograph import Int4WeightOnly, Int8WeightOnly, Keep, Recipe, RecipeError, Rule
 from aograph.predicate import Shape
+from aograph.statistics import LinearStatistics
 
 SHAPE = Shape(sympy.Integer(4), 128, 64, (4, 4))
 
@@ -227,3 +231,60 @@ def test_selectors_that_match_nothing():
 
 def test_text():
     assert str(Recipe.of("int4wo+a:none")) == "→ int4wo; name='a' → none"
+
+
+# --- statistics --------------------------------------------------------------------------------------------
+
+STATISTICS = {"lm_head.weight": LinearStatistics(-1.5, 2.0, torch.arange(4.0), 7)}
+
+
+def calibrated(text="int4wo + lm_head:int8wo"):
+    return replace(Recipe.of(text), statistics=STATISTICS)
+
+
+def test_statistics_are_part_of_a_recipe():
+    recipe = calibrated()
+    other = {"lm_head.weight": LinearStatistics(-1.5, 2.0, torch.arange(4.0) + 1, 7)}
+    assert recipe == calibrated() == copy.deepcopy(recipe) == pickle.loads(pickle.dumps(recipe))
+    assert recipe != Recipe.of("int4wo + lm_head:int8wo") and recipe != replace(recipe, statistics=other)
+    assert hash(recipe) == hash(calibrated())
+    assert Recipe.of(recipe).statistics is recipe.lenient().statistics is STATISTICS
+    assert "tensor" not in repr(recipe)
+
+
+def test_a_recipe_is_saved_with_its_statistics(tmp_path):
+    path = tmp_path / "recipe.toml"
+    model = tmp_path / "recipe.safetensors"
+    model.write_text("a model of the same name")
+    calibrated().save(path)
+    assert Recipe.of(path) == Recipe.of(str(path)) == calibrated()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "recipe.safetensors", "recipe.statistics.safetensors", "recipe.toml",
+    ]  # fmt: skip
+    assert model.read_text() == "a model of the same name"
+    Recipe.of("int8wo").save(path)
+    assert Recipe.of(path) == Recipe.of("int8wo")  # those of before are not mistaken for its own
+
+
+def test_statistics_that_are_not_where_the_recipe_says(tmp_path):
+    path = tmp_path / "recipe.toml"
+    calibrated().save(path)
+    with pytest.raises(RecipeError, match=r"has statistics in 'recipe.statistics.safetensors', .* give the path"):
+        Recipe.from_toml(path.read_text())
+    (tmp_path / "recipe.statistics.safetensors").unlink()
+    with pytest.raises(RecipeError, match=r"recipe.statistics.safetensors cannot be read"):
+        Recipe.of(path)
+    path.write_text(f"statistics = 3\n{Recipe.of('int8wo').to_toml()}")
+    with pytest.raises(RecipeError, match="statistics = 3 is a int: give the name of a file"):
+        Recipe.of(path)
+
+
+def test_what_cannot_be_saved(tmp_path):
+    with pytest.raises(RecipeError, match=r"is a .toml file, not recipe.json: give .*recipe.toml"):
+        calibrated().save(tmp_path / "recipe.json")
+    with pytest.raises(RecipeError, match="cannot be written as TOML"):
+        Recipe.of([Rule(Keep(), shape=lambda s: True)]).save(tmp_path / "recipe.toml")
+    for recipe in (calibrated(), Recipe.of("int8wo")):
+        with pytest.raises(RecipeError, match=r"cannot be written: .*No such file"):
+            recipe.save(tmp_path / "none" / "recipe.toml")
+    assert not list(tmp_path.iterdir())
