@@ -16,12 +16,12 @@ from .optimize import OptimizedModule, explain, optimize
 from .pretrained import LoadingReport, load_pretrained
 from .recipe import Recipe, Rule
 from .report import Report, Row
-from .schemes import Int4WeightOnly, Int8WeightOnly, Keep, Scheme
+from .schemes import Int4WeightOnly, Int8WeightOnly, Keep, Scheme, Sparse24
 
 __version__ = "0.1.0"
 
 __all__ = [
     "optimize", "load_pretrained", "explain", "refresh", "load", "OptimizedModule", "Artifact", "LoadingReport",
-    "Recipe", "Rule", "Scheme", "Int4WeightOnly", "Int8WeightOnly", "Keep", "Report", "Row", "AographError",
+    "Recipe", "Rule", "Scheme", "Int4WeightOnly", "Int8WeightOnly", "Keep", "Sparse24", "Report", "Row", "AographError",
     "ArtifactError", "CaptureError", "CompileError", "InputError", "PassError", "RecipeError", "WeightError",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .errors import RecipeError
+from .kernels.prune24 import METHODS
 from .kernels.rounding import ALGORITHMS, GROUP_SIZES
 
 
@@ -104,6 +105,34 @@ class Int4WeightOnly(Scheme):
         return indivisible(K, self.group_size)
 
 
+@dataclass(frozen=True)
+class Sparse(Scheme):
+    """The base of schemes whose weights are 2:4: of each 4 consecutive inputs of a channel, two keep their weights.
+
+    method: which two: "magnitude", the largest weights; "wanda", the largest products of weight and norm of the input,
+        which needs calibrated statistics (`aograph.calibrate`).
+    """
+
+    method: str = "magnitude"
+
+    def __post_init__(self) -> None:
+        self.check("method", METHODS)
+
+    def refuse(self, N: int, K: int) -> str | None:
+        return None if K % 4 == 0 else f"K = {K} is not a multiple of 4"
+
+
+@dataclass(frozen=True)
+class Sparse24(Sparse):
+    """Weights that are 2:4, in their own precision; linears that sparse products do not make faster stay dense.
+
+    method: which two of four weights stay: "magnitude", the largest; "wanda", those with the largest product of weight
+        and norm of the input, which needs calibrated statistics (`aograph.calibrate`).
+    """
+
+    preset: ClassVar[str] = "sparse24"
+
+
 def indivisible(K: int, group_size: int) -> str | None:
     """Why K inputs have no whole groups of that size, with the largest size that would fit; None if they have."""
     if K % group_size == 0:
@@ -112,4 +141,8 @@ def indivisible(K: int, group_size: int) -> str | None:
     return f"K = {K} is not divisible by the group size {group_size}" + (f" ({fits[-1]} would be)" if fits else "")
 
 
-PRESETS: dict[str, type[Scheme]] = {cls.preset: cls for cls in Scheme.__subclasses__()}
+def subclasses(cls: type[Scheme]) -> list[type[Scheme]]:
+    return [s for c in cls.__subclasses__() for s in (c, *subclasses(c))]
+
+
+PRESETS: dict[str, type[Scheme]] = {cls.preset: cls for cls in subclasses(Scheme) if "preset" in vars(cls)}

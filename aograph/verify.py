@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from .errors import PassError
 from .kernels.op import OPS
+from .kernels.prune24 import prune24
 from .patterns.language import propagate
 from .program import Program, describe, expression
 
@@ -47,7 +48,8 @@ def verify(program: Program) -> None:
 
 
 def verify_call(node: Node) -> None:
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aograph":
+    ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aograph"
+    if ours and node.target is not prune24:
         x = node.all_input_nodes[0].meta["val"]
         if x.dtype not in HALF_OR_FLOAT or node.target._schema.name.removeprefix("aograph::") not in OPS:
             raise PassError(f"{node.format_node()}: {node.target} does not take {describe(x)}")

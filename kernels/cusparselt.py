@@ -92,7 +92,8 @@ def searched(shape: tuple, blob: Tensor, x: Tensor, bias: Tensor | None, how: di
         path = cache.entry("cusparselt.json", *shape, *machine())
         found = None
         with contextlib.suppress(OSError, ValueError, TypeError):
-            found = Algorithm(*map(int, json.loads(path.read_text())))
+            alg_id, split_k, split_k_mode = map(int, json.loads(path.read_text()))
+            found = Algorithm(alg_id, split_k, split_k_mode)
         if found is None:
             mm_search = torch._C._cusparselt.mm_search
             found = Algorithm(*mm_search(blob, x.t(), bias, how.get("alpha"), how.get("out_dtype"), True)[:3])

@@ -96,6 +96,7 @@ class Op:
         self.version = version
         self.usual_group_size = usual_group_size
         self.implementations: list[Implementation] = []
+        self.renew: Callable[..., None] = lambda *packed: None
         self.registered = self.name if version == 1 else f"{self.name}_v{version}"
         self.qualified_name = f"aograph::{self.registered}"
         torch.library.define(self.qualified_name, signature, tags=torch.Tag.pt2_compliant_tag)
@@ -131,6 +132,11 @@ class Op:
     def packing(self, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
         """Decorator: how a weight [N, K] becomes the packed arguments; other parameters are numbers or text."""
         self.pack = function
+        return function
+
+    def renewal(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Decorator: what to do once packed arguments, of which implementations keep copies, were written in place."""
+        self.renew = function
         return function
 
     def implementation(self, name: str, *, supports: Supports, standalone: bool = False):

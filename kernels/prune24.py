@@ -11,7 +11,9 @@ from torch import Tensor
 
 from . import rounding
 
-__all__ = ["largest_two", "prune24"]
+__all__ = ["METHODS", "largest_two", "prune24"]
+
+METHODS = {"magnitude": "magnitude", "wanda": "Wanda"}  # as recipes and as people write them
 
 torch.library.define(
     "aograph::prune24", "(Tensor weight, Tensor? norms=None) -> Tensor", tags=torch.Tag.pt2_compliant_tag

@@ -1,10 +1,11 @@
 """sparse24_linear: y = x @ W.T + bias, where of each 4 consecutive weights along K two at most are not zero.
 
-x [..., K] float; values [N, K/2] in x's dtype and indices [N, ceil(K/8)] uint8, in the format of `sparse24.py`; bias [N]
-in x's dtype, or None -> y [..., N] in x's dtype. Sparse tensor cores do half the operations of a dense product. NaN
-and inf in x reach the outputs whose weights at that input were kept, and may or may not reach others of their row.
+x [..., K] float; values [N, K/2] in x's dtype and indices [N, ceil(K/8)] uint8, in the format of `sparse24.py`;
+bias [N] in x's dtype, or None -> y [..., N] in x's dtype. Sparse tensor cores do half the operations of a dense
+product. NaN and inf in x reach the outputs whose weights at that input were kept; others of their row, they may.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,7 +26,7 @@ def _(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) ->
     N, K = values.shape[0], 2 * values.shape[1]
     expected = (
         ("values", values, x.dtype, (N, K // 2)),
-        ("indices", indices, sparse24.INDEX, (N, -(-K // 8))),
+        ("indices", indices, torch.uint8, (N, -(-K // 8))),
         ("bias", bias, x.dtype, (N,)),
     )
     return sparse24_linear.fit(x, N, K, None, *expected)

@@ -3,11 +3,12 @@ import operator
 
 import pytest
 import torch
+from aograph.kernels.prune24 import prune24
 from torch import nn
 
 import aograph
 from aograph import ArtifactError, InputError
-from aograph.expression import Expression
+from aograph.expression import Expression, Literal
 from aograph.repacking import function, new_weights, originals_as_data, packs_as_data, read, written
 from tests.small_models import MLP, Tied
 
@@ -93,8 +94,11 @@ def test_expressions_go_through_json():
     split = Expression(operator.getitem, (Expression(aten.split_with_sizes.default, (cat, [1, 4])), 1))
     cast = Expression(aten.to.dtype, (split, torch.float64))
     tensors = {"a": torch.randn(2, 3), "b": torch.randn(3, 3)}
-    found = read(json.loads(json.dumps(written(cast))), tensors.__getitem__)
-    torch.testing.assert_close(found, cast.evaluate(tensors.__getitem__), rtol=0, atol=0)
+    kept = Expression(prune24, (Expression("c"), Literal(torch.rand(8))))
+    tensors["c"] = torch.randn(3, 8)
+    for each in (cast, kept):
+        found = read(json.loads(json.dumps(written(each))), tensors.__getitem__)
+        torch.testing.assert_close(found, each.evaluate(tensors.__getitem__), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +109,7 @@ def test_expressions_go_through_json():
         "prims.add.default",
         "aten.nothing.default",
         "aten.__class__.mro",
+        "aograph.int8_linear.default",
         "",
     ],
 )

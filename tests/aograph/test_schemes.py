@@ -2,12 +2,12 @@ import dataclasses
 
 import pytest
 
-from aograph import Int4WeightOnly, Int8WeightOnly, Keep, RecipeError
+from aograph import Int4WeightOnly, Int8WeightOnly, Keep, RecipeError, Sparse24
 from aograph.schemes import PRESETS, nearest
 
 
 def test_presets():
-    assert {"none": Keep, "int8wo": Int8WeightOnly, "int4wo": Int4WeightOnly} == PRESETS
+    assert {"none": Keep, "int8wo": Int8WeightOnly, "int4wo": Int4WeightOnly, "sparse24": Sparse24} == PRESETS
 
 
 @pytest.mark.parametrize("scheme", PRESETS.values(), ids=PRESETS.keys())
@@ -27,6 +27,7 @@ def test_a_scheme_is_a_documented_frozen_value(scheme):
         (Int4WeightOnly(128, "minmax"), "int4wo(group_size=128, algorithm=minmax)"),
         (Int8WeightOnly("mse"), "int8wo(algorithm=mse)"),
         (Int8WeightOnly(group_size=64), "int8wo(group_size=64)"),
+        (Sparse24("wanda"), "sparse24(method=wanda)"),
     ],
 )
 def test_text(scheme, text):
@@ -40,6 +41,7 @@ def test_text(scheme, text):
         (lambda: Int4WeightOnly(algorithm="msee"), "int4wo: algorithm='msee' is unknown; did you mean 'mse'"),
         (lambda: Int8WeightOnly(group_size=48), "int8wo: group_size=48 is unknown; "),
         (lambda: Int8WeightOnly(group_size="None"), "int8wo: group_size='None' is unknown; "),
+        (lambda: Sparse24("wander"), "sparse24: method='wander' is unknown; did you mean 'wanda'"),
         (lambda: Int8WeightOnly(algorithm=3), "int8wo: algorithm=3 is unknown; valid: "),
     ],
 )
@@ -57,6 +59,10 @@ def test_groups_that_do_not_divide_are_refused_with_what_would(scheme):
 
 def test_whole_channels_refuse_nothing():
     assert Int8WeightOnly().refuse(5, 33) is None and Keep().refuse(5, 33) is None
+
+
+def test_groups_of_four():
+    assert Sparse24().refuse(5, 12) is None and Sparse24().refuse(5, 10) == "K = 10 is not a multiple of 4"
 
 
 def test_nearest():
