@@ -1,6 +1,7 @@
 """aograph: a compiler that makes PyTorch models smaller and faster by rewriting their graphs."""
 
 from .artifact import Artifact, load
+from .calibrate import calibrate
 from .errors import (
     AographError,
     ArtifactError,
@@ -17,11 +18,13 @@ from .pretrained import LoadingReport, load_pretrained
 from .recipe import Recipe, Rule
 from .report import Report, Row
 from .schemes import Int4WeightOnly, Int8WeightOnly, Keep, Scheme, Sparse24
+from .statistics import LinearStatistics
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "optimize", "load_pretrained", "explain", "refresh", "load", "OptimizedModule", "Artifact", "LoadingReport",
-    "Recipe", "Rule", "Scheme", "Int4WeightOnly", "Int8WeightOnly", "Keep", "Sparse24", "Report", "Row", "AographError",
-    "ArtifactError", "CaptureError", "CompileError", "InputError", "PassError", "RecipeError", "WeightError",
+    "optimize", "load_pretrained", "explain", "calibrate", "refresh", "load", "OptimizedModule", "Artifact",
+    "LoadingReport", "LinearStatistics", "Recipe", "Rule", "Scheme", "Int4WeightOnly", "Int8WeightOnly", "Keep",
+    "Sparse24", "Report", "Row", "AographError", "ArtifactError", "CaptureError", "CompileError", "InputError", "PassError",
+    "RecipeError", "WeightError",
 ]  # fmt: skip

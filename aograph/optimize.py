@@ -19,6 +19,8 @@ from .capture import Capture, capture, flatten, on_meta, retarget
 from .cost import roofline
 from .errors import CaptureError, CompileError, InputError, RecipeError
 from .parts import in_parts
+from .passes import PASSES, Pass
+from .program import Program
 from .recipe import Recipe
 from .report import Report
 from .weights import Source, WeightStore
@@ -31,6 +33,8 @@ class OptimizedModule(nn.Module):
     shapes fit no capture so far makes another one; at most `max_captures` are kept, the least recently used goes
     first. All share their packed weights, which `state_dict()` gives by name.
     """
+
+    _passes: Sequence[Pass] = PASSES
 
     def __init__(
         self,
@@ -134,22 +138,26 @@ class OptimizedModule(nn.Module):
         flat, spec = flatten(args, kwargs)
         captured, report = rewrite(
             self._model[0], self.recipe, args, kwargs, self.dynamic_shapes, self.device,
-            disable=self._disable, dump=self._dump,
+            disable=self._disable, dump=self._dump, passes=self._passes,
         )  # fmt: skip
-        check_matches(report, self.recipe, self._strict)
-        self._store.materialize(captured.program, self._progress)
-        captured.program.graph_module.recompile()
-        run: Callable = captured.program.graph_module
-        if self._compile_options is not None:
-            from .backend import joined, suited  # it imports Inductor, which takes a while
-
-            run = torch.compile(run, **joined(self._compile_options, suited(report)))
+        run = self._runner(captured.program, report)
         self.report = self.report or report
         self._captures[self._count] = self._kinds(flat, spec), captured, run
         self._count += 1
         if len(self._captures) > self._max_captures:
             self._captures.popitem(last=False)
         return captured, run
+
+    def _runner(self, program: Program, report: Report) -> Callable:
+        """What computes the flat outputs of a rewritten program from its flat inputs."""
+        check_matches(report, self.recipe, self._strict)
+        self._store.materialize(program, self._progress)
+        program.graph_module.recompile()
+        if self._compile_options is None:
+            return program.graph_module
+        from .backend import joined, suited  # it imports Inductor, which takes a while
+
+        return torch.compile(program.graph_module, **joined(self._compile_options, suited(report)))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """All tensors that the captures run on, packed and not, by name."""
@@ -263,6 +271,7 @@ def rewrite(
     device: torch.device,
     disable: Collection[str] = (),
     dump: str | os.PathLike | None = None,
+    passes: Sequence[Pass] = PASSES,
 ) -> tuple[Capture, Report]:
     """A capture whose program the pipeline has rewritten, before any weight is touched."""
     kwargs = dict(sorted(kwargs.items()))
@@ -274,13 +283,13 @@ def rewrite(
     captured = capture(model, args, kwargs, dynamic_shapes)
     if source != device and device.type != "meta":
         retarget(captured.program, source, device)
-    report = pipeline.run(captured.program, recipe, disable=disable, dump=dump)
+    report = pipeline.run(captured.program, recipe, disable=disable, dump=dump, passes=passes)
     report.roofline = roofline(str(device))
     return captured, report
 
 
-def call_of(example_inputs: Any) -> tuple[tuple, dict]:
-    """Positional and keyword inputs from what users write."""
+def call_of(example_inputs: Any, name: str = "example_inputs") -> tuple[tuple, dict]:
+    """Positional and keyword inputs from what users write, which errors call by that name."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, Tensor):
@@ -291,7 +300,7 @@ def call_of(example_inputs: Any) -> tuple[tuple, dict]:
                 return tuple(args), dict(kwargs)
         return tuple(example_inputs), {}
     raise InputError(
-        f"example_inputs is a {type(example_inputs).__name__}: give a tensor, a tuple of positional inputs, a dict of "
+        f"{name} is a {type(example_inputs).__name__}: give a tensor, a tuple of positional inputs, a dict of "
         "keyword inputs, or (tuple, dict)"
     )
 
@@ -344,7 +353,7 @@ def check_matches(report: Report, recipe: Recipe, strict: bool) -> None:
     message = f"the recipe {str(recipe)!r} rewrote nothing: {reasons}"
     if strict:
         raise RecipeError(message)
-    warnings.warn(message, stacklevel=4)
+    warnings.warn(message, stacklevel=5)
 
 
 def no_compiler(error: BaseException | None) -> bool:
