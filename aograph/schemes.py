@@ -25,9 +25,13 @@ def nearest(word: Any, valid: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Scheme:
-    """The base of schemes; equal parameters make equal schemes."""
+    """The base of schemes; equal parameters make equal schemes.
+
+    differentiable: whether gradients for x flow through what the scheme makes of a linear.
+    """
 
     preset: ClassVar[str]
+    differentiable: ClassVar[bool] = True
 
     @classmethod
     def parameters(cls) -> tuple[str, ...]:
@@ -48,6 +52,11 @@ class Scheme:
     def refuse(self, N: int, K: int) -> str | None:
         """Why a linear with a weight [N, K] cannot take the scheme; None if it can."""
         return None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the scheme needs statistics of the activations."""
+        return False
 
     def check(self, parameter: str, valid: Iterable[Any]) -> None:
         value, valid = getattr(self, parameter), tuple(valid)
@@ -102,6 +111,39 @@ class Int4WeightOnly(Scheme):
 
     def refuse(self, N: int, K: int) -> str | None:
         return indivisible(K, self.group_size)
+
+
+@dataclass(frozen=True)
+class Float8WeightOnly(Scheme):
+    """Weights in 8-bit floating point (e4m3), one scale per channel; activations and arithmetic as they were."""
+
+    preset: ClassVar[str] = "float8wo"
+
+
+@dataclass(frozen=True)
+class Int8Dynamic(Scheme):
+    """Weights in 8 bits, one scale per channel, activations too, one scale per token; products of integers.
+
+    algorithm: as for int8wo, of the weights.
+    mapping: of activations: "symmetric", or "asymmetric", with a zero point, for those of mostly one sign.
+    activation: "dynamic", or "static": one scale for all tokens, from the range that `aograph.calibrate` saw; what is
+        outside of it saturates.
+    """
+
+    preset: ClassVar[str] = "int8dq"
+    differentiable: ClassVar[bool] = False
+    algorithm: str = "minmax"
+    mapping: str = "symmetric"
+    activation: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        self.check("algorithm", ALGORITHMS)
+        self.check("mapping", ("symmetric", "asymmetric"))
+        self.check("activation", ("dynamic", "static"))
+
+    @property
+    def calibrated(self) -> bool:
+        return self.activation == "static"
 
 
 def indivisible(K: int, group_size: int) -> str | None:
