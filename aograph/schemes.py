@@ -26,9 +26,16 @@ def nearest(word: Any, valid: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Scheme:
-    """The base of schemes; equal parameters make equal schemes."""
+    """The base of schemes; equal parameters make equal schemes.
+
+    differentiable: whether gradients for x flow through what the scheme makes of a linear.
+    """
 
     preset: ClassVar[str]
+    differentiable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Raises `RecipeError` for parameters with values that they cannot have."""
 
     @classmethod
     def parameters(cls) -> tuple[str, ...]:
@@ -49,6 +56,11 @@ class Scheme:
     def refuse(self, N: int, K: int) -> str | None:
         """Why a linear with a weight [N, K] cannot take the scheme; None if it can."""
         return None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the scheme needs statistics of the activations."""
+        return False
 
     def check(self, parameter: str, valid: Iterable[Any]) -> None:
         value, valid = getattr(self, parameter), tuple(valid)
@@ -106,20 +118,57 @@ class Int4WeightOnly(Scheme):
 
 
 @dataclass(frozen=True)
-class Sparse(Scheme):
-    """The base of schemes whose weights are 2:4: of each 4 consecutive inputs of a channel, two keep their weights.
+class Float8WeightOnly(Scheme):
+    """Weights in 8-bit floating point (e4m3), one scale per channel; activations and arithmetic as they were."""
 
-    method: which two: "magnitude", the largest weights; "wanda", the largest products of weight and norm of the input,
-        which needs calibrated statistics (`aograph.calibrate`).
+    preset: ClassVar[str] = "float8wo"
+
+
+@dataclass(frozen=True)
+class Int8Dynamic(Scheme):
+    """Weights in 8 bits, one scale per channel, activations too, one scale per token; products of integers.
+
+    algorithm: as for int8wo, of the weights.
+    mapping: of activations: "symmetric", or "asymmetric", with a zero point, for those of mostly one sign.
+    activation: "dynamic", or "static": one scale for all tokens, from the range that `aograph.calibrate` saw; what is
+        outside of it saturates.
+    """
+
+    preset: ClassVar[str] = "int8dq"
+    differentiable: ClassVar[bool] = False
+    algorithm: str = "minmax"
+    mapping: str = "symmetric"
+    activation: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        self.check("algorithm", ALGORITHMS)
+        self.check("mapping", ("symmetric", "asymmetric"))
+        self.check("activation", ("dynamic", "static"))
+
+    @property
+    def calibrated(self) -> bool:
+        return self.activation == "static"
+
+
+@dataclass(frozen=True)
+class Sparse(Scheme):
+    """What schemes have in common whose weights are 2:4: two of each 4 consecutive inputs of a channel keep theirs.
+
+    method: which two: see `Sparse24`. A scheme that also quantizes has the class of the other scheme behind this one.
     """
 
     method: str = "magnitude"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check("method", METHODS)
 
     def refuse(self, N: int, K: int) -> str | None:
-        return None if K % 4 == 0 else f"K = {K} is not a multiple of 4"
+        return f"K = {K} is not a multiple of 4" if K % 4 else super().refuse(N, K)
+
+    @property
+    def calibrated(self) -> bool:
+        return self.method == "wanda" or super().calibrated
 
 
 @dataclass(frozen=True)
@@ -131,6 +180,17 @@ class Sparse24(Sparse):
     """
 
     preset: ClassVar[str] = "sparse24"
+
+
+@dataclass(frozen=True)
+class Int8DynamicSparse24(Sparse, Int8Dynamic):
+    """int8dq on weights that are 2:4.
+
+    method: as for sparse24.
+    algorithm: as for int8dq; mapping: as for int8dq; activation: as for int8dq.
+    """
+
+    preset: ClassVar[str] = "int8dq-sparse24"
 
 
 def indivisible(K: int, group_size: int) -> str | None:

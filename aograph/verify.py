@@ -16,7 +16,6 @@ from .program import Program, describe, expression
 
 # Operators whose result has sizes that only the data decide: a fresh propagation gives fresh symbols.
 DATA_DEPENDENT = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
-HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def verify(program: Program) -> None:
@@ -50,8 +49,8 @@ def verify(program: Program) -> None:
 def verify_call(node: Node) -> None:
     ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aograph"
     if ours and node.target is not prune24:
-        x = node.all_input_nodes[0].meta["val"]
-        if x.dtype not in HALF_OR_FLOAT or node.target._schema.name.removeprefix("aograph::") not in OPS:
+        x, op = node.all_input_nodes[0].meta["val"], OPS.get(node.target._schema.name.removeprefix("aograph::"))
+        if op is None or x.dtype not in op.takes:
             raise PassError(f"{node.format_node()}: {node.target} does not take {describe(x)}")
     values = tuple(n.meta.get("val") for n in (node, *node.all_input_nodes))
     seen = node.meta.get("verified")

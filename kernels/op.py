@@ -26,7 +26,8 @@ class Case:
     device: "cpu", "cuda", "meta" …; dtype: of x; M: tokens, None when unknown; N: out features; K: in features;
     group_size: weights along K that share a scale, None for a whole row; capability: CUDA's (major, minor),
     None when unknown or not CUDA; of fused ops only: gated: the halves of the output are a gate and what it gates;
-    normed: x is normalized first.
+    normed: x is normalized first; of ops on quantized activations only, whose dtype is that of y: per_token: tokens
+    have scales of their own; shifted: x has a zero point.
     """
 
     device: str
@@ -38,6 +39,8 @@ class Case:
     capability: tuple[int, int] | None = None
     gated: bool = False
     normed: bool = False
+    per_token: bool = True
+    shifted: bool = False
 
 
 Supports = Callable[[Case], bool | str]
@@ -89,7 +92,10 @@ class Op:
     version: raised when the meaning or the packed layout changes; from 2 on it is part of the registered name,
     so that an artifact never runs with another meaning than the one it was saved with.
     usual_group_size: that of the cases which `availability` asks about.
+    takes: the dtypes that its first argument may have.
     """
+
+    takes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
 
     def __init__(self, schema: str, *, version: int = 1, usual_group_size: int | None = None):
         self.name, signature = schema[: schema.index("(")], schema[schema.index("(") :]

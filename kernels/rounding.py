@@ -159,11 +159,11 @@ def _clipped(w: Tensor, span: tuple[Tensor, Tensor], spec: Spec, dtype: torch.dt
         low, high = low + clip, high - clip
         zero = (low + step * (ratio * down)).to(dtype).float()
     wanted = torch.maximum(high / up - zero / up, zero / down - low / down)  # reaches both ends from zero as stored
-    scale = _storable(wanted, dtype)
+    scale = storable(wanted, dtype)
     return Rounded((w - zero).div_(scale).round_().clamp_(-down, up), scale, zero)
 
 
-def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """A scale as `dtype` holds it, in fp32: never 0, and never too small for the largest code to reach.
 
     Below fp16's normal numbers rounding down can lose more than half a step; there the next number is one

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,11 +25,15 @@ from ..schemes import Sparse, Sparse24
 from ..weights import Pack
 from .base import Pass, SchemePass, Stage, constant_names, packed_nodes, swap
 
-UNCALIBRATED = "needs calibrated statistics: aograph.calibrate(model, recipe, batches)"
+if TYPE_CHECKING:
+    from ..pipeline import Context
 
 
 class Prune24(Pass):
-    """Puts `prune24` in front of the weights of all sites whose scheme is 2:4."""
+    """Puts `prune24` in front of the weights of all sites whose scheme is 2:4.
+
+    Where it needs statistics, they are there: `find_sites` saw to it.
+    """
 
     name = "prune24"
     stage = Stage.SPARSIFY
@@ -39,13 +43,15 @@ class Prune24(Pass):
         for site in program.sites:
             if not isinstance(site.scheme, Sparse):
                 continue
-            norms = norms_of(site, context.statistics) if site.scheme.method == "wanda" else None
-            if isinstance(norms, str):
-                for row in site.rows:
-                    row.close(SKIPPED, norms)
-                site.scheme = None
-                continue
-            more = [] if norms is None else [literal(program, site, norms)]
+            more = []
+            if site.scheme.method == "wanda":
+                norms = norms_of(site, context.statistics)
+                if norms is None:
+                    for row in site.rows:
+                        row.close(SKIPPED, f"its weight was calibrated with other inputs than these {site.K}, too")
+                    site.scheme = None
+                    continue
+                more = [literal(program, site, norms)]
             site.node.replace_input_with(site.weight, Builder(site.node).call(prune24, site.weight, *more))
             for row in site.rows:
                 row.notes.append(f"2:4 by {METHODS[site.scheme.method]}")
@@ -53,13 +59,10 @@ class Prune24(Pass):
         return pruned
 
 
-def norms_of(site: Site, statistics: Mapping[str, Any]) -> Tensor | str:
-    """The norms [K] of the inputs of a linear, or why there are none; merged linears have the same inputs."""
-    known = [statistics[name].norms for name in Expression.of(site.weight).leaves if name in statistics]
-    fitting = [norms for norms in known if norms.shape == (site.K,)]
-    if fitting:
-        return fitting[0]
-    return f"its weight serves linears of other inputs than {site.K}, too" if known else UNCALIBRATED
+def norms_of(site: Site, statistics: Mapping[str, Any]) -> Tensor | None:
+    """The norms [K] of the inputs of a calibrated linear; None if they are others. Merged linears share their inputs."""
+    known = (statistics[name].norms for name in Expression.of(site.weight).leaves)
+    return next((norms for norms in known if norms.shape == (site.K,)), None)
 
 
 def literal(program: Program, site: Site, tensor: Tensor) -> Node:
@@ -80,7 +83,7 @@ class Sparse24Linear(SchemePass):
     name = "sparse24"
     scheme = Sparse24
 
-    def rewrite(self, site: Site, program: Program) -> None:
+    def rewrite(self, site: Site, program: Program, context: Context) -> None:
         if site.weight.target is not prune24:
             return  # pruning was left out
         fewest, most = paying(site)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from aograph.kernels import sparse24_linear as kernel
 from aograph.kernels.prune24 import prune24
 from aograph.passes import Stage
-from aograph.passes.sparse24 import UNCALIBRATED
 from torch import nn
 
 import aograph
@@ -153,7 +152,8 @@ def test_pruning_is_left_out_with_its_pass_and_so_is_the_rest():
 def test_wanda_without_statistics_is_skipped():
     with pytest.warns(UserWarning, match="needs calibrated statistics"):
         fast = optimized(MLP().eval(), "sparse24(method=wanda)")
-    assert {(row.outcome, *row.notes) for row in fast.report.rows} == {("skipped", UNCALIBRATED)}
+    note = "needs calibrated statistics: aograph.calibrate(model, recipe, batches)"
+    assert {(row.outcome, *row.notes) for row in fast.report.rows} == {("skipped", note)}
 
 
 @pytest.mark.parametrize("disable", [(), ("merge_linears",)])
@@ -168,7 +168,7 @@ def test_wanda_takes_the_norms_of_the_inputs(disable, sparse):
 def test_norms_of_other_inputs_are_not_taken():
     recipe = calibrated(up_weight=torch.ones(3), down_weight=torch.ones(128))
     up, down = optimized(MLP().eval(), recipe).report.rows
-    assert up.notes == ["its weight serves linears of other inputs than 64, too"] and down.outcome == "rewritten"
+    assert up.notes == ["its weight was calibrated with other inputs than these 64, too"] and down.outcome == "rewritten"
 
 
 def test_other_statistics_make_other_weights_of_one_model():
