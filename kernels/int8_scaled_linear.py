@@ -55,7 +55,7 @@ def _(x, x_scale, x_zero, q, scale, sums, bias, dtype):
     return scaled(codes @ q.double().T, x_scale, scale, bias, dtype)
 
 
-def _shifted(products: Tensor, x_zero: Tensor | None, sums: Tensor | None) -> Tensor:
+def shifted(products: Tensor, x_zero: Tensor | None, sums: Tensor | None) -> Tensor:
     """The sums [M, N] of (x - x_zero) * q from those of x * q."""
     return products if x_zero is None else products - x_zero * sums
 
@@ -81,7 +81,7 @@ def _(x, x_scale, x_zero, q, scale, sums, bias, dtype):
     elif not torch.compiler.is_exporting() and M == 1:
         x = x.clone(memory_format=torch.contiguous_format)  # a row's stride may be 0, which makes the result wrong
     products = torch._int_mm(x, q.T)[:M]
-    return scaled(_shifted(products, x_zero, sums), x_scale, scale, bias, dtype)
+    return scaled(shifted(products, x_zero, sums), x_scale, scale, bias, dtype)
 
 
 @int8_scaled_linear.implementation("float", supports=lambda case: True, standalone=True)
@@ -91,4 +91,4 @@ def _(x, x_scale, x_zero, q, scale, sums, bias, dtype):
     for start in range(0, x.shape[1], EXACT):
         part = slice(start, start + EXACT)
         total = total + (x[:, part].float() @ q[:, part].float().T).int()
-    return scaled(_shifted(total, x_zero, sums), x_scale, scale, bias, dtype)
+    return scaled(shifted(total, x_zero, sums), x_scale, scale, bias, dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import cusparselt, linear, sparse24
 from .linear import LinearOp
-from .op import Case, Implementation
+from .op import Case, Op
 from .sparse24 import decompress
 
 FROM_TOKENS = 256  # where a sparse product overtakes a dense one: below, both wait for the weight
@@ -60,9 +60,9 @@ def dequantize(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None =
     return linear.matmul_by_blocks(x, values.shape[0], lambda rows: decompress(values[rows], indices[rows]).T, bias)
 
 
-def pays(case: Case) -> bool | str:
-    """Whether the sparse product is faster than the dense one for M tokens, or why it is not."""
-    sparse: list[Implementation] = [each for each in sparse24_linear if each.name not in ("dequantize", "reference")]
+def pays(case: Case, op: Op = sparse24_linear) -> bool | str:
+    """Whether a sparse product by one of the ops on 2:4 weights is faster than a dense one for M tokens, or why not."""
+    sparse = [each for each in op if each.name not in ("dequantize", "reference")]
     answers = [each.supports(case) for each in sparse]
     if True not in answers:
         return answers[-1]

@@ -8,6 +8,7 @@ from ..expression import Expression
 from ..kernels.int8_scaled_linear import int8_scaled_linear
 from ..kernels.op import Packing
 from ..kernels.quantized_activation import Int8PerTensor, int8_per_token, int8_per_token_asymmetric
+from ..kernels.scaled_linear import ScaledLinearOp
 from ..program import Program, Site
 from ..schemes import Int8Dynamic
 from .activation import Quantize, swap_scaled
@@ -23,12 +24,17 @@ class Int8DynamicPass(SchemePass):
     name = "int8_dynamic"
     scheme = Int8Dynamic
 
+    def form(self, site: Site) -> tuple[ScaledLinearOp, list[str]]:
+        """The op for a site, and the names of what its packing always gives."""
+        return int8_scaled_linear, ["q", "scale"]
+
     def rewrite(self, site: Site, program: Program, context: Context) -> None:
         scheme = site.scheme
         assert isinstance(scheme, Int8Dynamic)
         asymmetric, largest = scheme.mapping == "asymmetric", None
         settings: dict[str, Any] = {"algorithm": scheme.algorithm, "sums": asymmetric}
-        names = ["q", "scale", "sums"] if asymmetric else ["q", "scale"]
+        op, names = self.form(site)
+        names += ["sums"] if asymmetric else []
         quantize: Quantize = int8_per_token_asymmetric if asymmetric else int8_per_token
         if scheme.calibrated:
             known = [context.statistics[leaf] for leaf in Expression.of(site.weight).leaves]
@@ -38,6 +44,6 @@ class Int8DynamicPass(SchemePass):
             settings |= {"x_scale": quantize.scale, "x_zero": quantize.zero if asymmetric else None}
             names += ["x_scale", "x_zero"] if asymmetric else ["x_scale"]
         swap_scaled(
-            program, site, Packing(int8_scaled_linear, settings), names, quantize, largest,
+            program, site, Packing(op, settings), names, quantize, largest,
             shifted=asymmetric, per_token=not scheme.calibrated,
         )  # fmt: skip

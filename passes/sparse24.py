@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..expression import Expression, Literal
-from ..kernels.op import ENDLESS, Case, Packing, capability
+from ..kernels.op import ENDLESS, Case, Op, Packing, capability
 from ..kernels.prune24 import METHODS, prune24
 from ..kernels.sparse24_linear import pays, sparse24_linear
 from ..patterns.language import Builder
@@ -60,7 +60,7 @@ class Prune24(Pass):
 
 
 def norms_of(site: Site, statistics: Mapping[str, Any]) -> Tensor | None:
-    """The norms [K] of the inputs of a calibrated linear; None if they are others. Merged linears share their inputs."""
+    """The norms [K] of the inputs of a calibrated linear; None if they are others. Merged linears have the same."""
     known = (statistics[name].norms for name in Expression.of(site.weight).leaves)
     return next((norms for norms in known if norms.shape == (site.K,)), None)
 
@@ -86,28 +86,27 @@ class Sparse24Linear(SchemePass):
     def rewrite(self, site: Site, program: Program, context: Context) -> None:
         if site.weight.target is not prune24:
             return  # pruning was left out
-        fewest, most = paying(site)
-        if most is not True:
-            keep_dense(program, site, most)
-            return
-        swap(program, site, Packing(sparse24_linear, {}))
-        for row in site.rows:
-            if fewest is not True:
-                row.notes.append(str(fewest))
-            if "cusparselt" in row.kernel:
-                row.notes.append("cuSPARSELt keeps a second copy in a form of its own")
+        if worth(site, sparse24_linear):
+            swap(program, site, Packing(sparse24_linear, {}))
+        else:
+            keep_dense(program, site)
 
 
-def paying(site: Site) -> tuple[bool | str, bool | str]:
-    """Whether a sparse product pays for the fewest and for the most tokens that a site may see."""
+def worth(site: Site, op: Op) -> bool:
+    """Whether a site becomes sparse: where that pays for the fewest or the most tokens it may see; rows say why not."""
     like = site.weight.meta["val"]
     case = Case(like.device.type, like.dtype, None, site.N, site.K, None, capability(like.device))
     low, high = site.rows[0].shape.bounds
     low, high = max(low, 1), ENDLESS if high is None else max(low, high, 1)
-    return pays(replace(case, M=low)), pays(replace(case, M=high))
+    answers = [pays(replace(case, M=M), op) for M in (low, high)]
+    reason = next((each for each in answers if each is not True), None)
+    if reason is not None:
+        for row in site.rows:
+            row.notes.append(str(reason) if True in answers else f"dense: {reason}")
+    return True in answers
 
 
-def keep_dense(program: Program, site: Site, reason: str) -> None:
+def keep_dense(program: Program, site: Site) -> None:
     """Leaves a linear what it is, on a weight that is pruned once instead of at each call."""
     weight, like = Expression.of(site.weight), site.weight.meta["val"]
     kind = f"dense|{site.scheme}"
@@ -121,4 +120,3 @@ def keep_dense(program: Program, site: Site, reason: str) -> None:
     for row in site.rows:
         row.outcome, row.scheme, row.kernel = REWRITTEN, str(site.scheme), "dense"
         row.bytes_after = row.bytes_before
-        row.notes.append(f"dense: {reason}")

@@ -2,12 +2,13 @@ import dataclasses
 
 import pytest
 
-from aograph import Int4WeightOnly, Int8WeightOnly, Keep, RecipeError, Sparse24
+from aograph import Int4WeightOnly, Int8DynamicSparse24, Int8WeightOnly, Keep, RecipeError, Sparse24
 from aograph.schemes import PRESETS, nearest
 
 
 def test_presets():
-    assert {"none": Keep, "int8wo": Int8WeightOnly, "int4wo": Int4WeightOnly, "sparse24": Sparse24} == PRESETS
+    known = {"none": Keep, "int8wo": Int8WeightOnly, "sparse24": Sparse24, "int8dq-sparse24": Int8DynamicSparse24}
+    assert known.items() <= PRESETS.items() and all(name == scheme.preset for name, scheme in PRESETS.items())
 
 
 @pytest.mark.parametrize("scheme", PRESETS.values(), ids=PRESETS.keys())
@@ -28,6 +29,7 @@ def test_a_scheme_is_a_documented_frozen_value(scheme):
         (Int8WeightOnly("mse"), "int8wo(algorithm=mse)"),
         (Int8WeightOnly(group_size=64), "int8wo(group_size=64)"),
         (Sparse24("wanda"), "sparse24(method=wanda)"),
+        (Int8DynamicSparse24(algorithm="mse", method="wanda"), "int8dq-sparse24(algorithm=mse, method=wanda)"),
     ],
 )
 def test_text(scheme, text):
@@ -42,6 +44,8 @@ def test_text(scheme, text):
         (lambda: Int8WeightOnly(group_size=48), "int8wo: group_size=48 is unknown; "),
         (lambda: Int8WeightOnly(group_size="None"), "int8wo: group_size='None' is unknown; "),
         (lambda: Sparse24("wander"), "sparse24: method='wander' is unknown; did you mean 'wanda'"),
+        (lambda: Int8DynamicSparse24(method="wander"), "int8dq-sparse24: method='wander' is unknown"),
+        (lambda: Int8DynamicSparse24(mapping="both"), "int8dq-sparse24: mapping='both' is unknown"),
         (lambda: Int8WeightOnly(algorithm=3), "int8wo: algorithm=3 is unknown; valid: "),
     ],
 )
@@ -62,7 +66,15 @@ def test_whole_channels_refuse_nothing():
 
 
 def test_groups_of_four():
-    assert Sparse24().refuse(5, 12) is None and Sparse24().refuse(5, 10) == "K = 10 is not a multiple of 4"
+    for scheme in (Sparse24(), Int8DynamicSparse24()):
+        assert scheme.refuse(5, 12) is None and scheme.refuse(5, 10) == "K = 10 is not a multiple of 4"
+
+
+def test_what_needs_statistics():
+    assert not Sparse24().calibrated and not Int8DynamicSparse24().calibrated
+    assert Sparse24("wanda").calibrated and Int8DynamicSparse24(method="wanda").calibrated
+    assert Int8DynamicSparse24(activation="static").calibrated
+    assert Sparse24().differentiable and not Int8DynamicSparse24().differentiable
 
 
 def test_nearest():
