@@ -13,9 +13,6 @@ from .base import SchemePass, swap
 if TYPE_CHECKING:
     from ..pipeline import Context
 
-if TYPE_CHECKING:
-    from ..pipeline import Context
-
 
 class Float8WeightOnlyPass(SchemePass):
     """One scale for each output channel."""
