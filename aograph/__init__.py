@@ -18,6 +18,8 @@ from .pretrained import LoadingReport, load_pretrained
 from .recipe import Recipe, Rule
 from .report import Report, Row
 from .schemes import (
+    Float8Dynamic,
+    Float8DynamicSparse24,
     Float8WeightOnly,
     Int4WeightOnly,
     Int8Dynamic,
@@ -33,7 +35,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "optimize", "load_pretrained", "explain", "calibrate", "refresh", "load", "OptimizedModule", "Artifact",
-    "LoadingReport", "LinearStatistics", "Recipe", "Rule", "Scheme", "Float8WeightOnly", "Int4WeightOnly",
-    "Int8Dynamic", "Int8DynamicSparse24", "Int8WeightOnly", "Keep", "Sparse24", "Report", "Row", "AographError",
-    "ArtifactError", "CaptureError", "CompileError", "InputError", "PassError", "RecipeError", "WeightError",
+    "LoadingReport", "LinearStatistics", "Recipe", "Rule", "Scheme", "Float8Dynamic", "Float8DynamicSparse24",
+    "Float8WeightOnly", "Int4WeightOnly", "Int8Dynamic", "Int8DynamicSparse24", "Int8WeightOnly", "Keep", "Sparse24",
+    "Report", "Row", "AographError", "ArtifactError", "CaptureError", "CompileError", "InputError", "PassError",
+    "RecipeError", "WeightError",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from .errors import RecipeError
 from .kernels.prune24 import METHODS
+from .kernels.quantized_activation import BLOCK
 from .kernels.rounding import ALGORITHMS, GROUP_SIZES
 
 
@@ -55,6 +56,10 @@ class Scheme:
 
     def refuse(self, N: int, K: int) -> str | None:
         """Why a linear with a weight [N, K] cannot take the scheme; None if it can."""
+        return None
+
+    def unsupported(self, capability: tuple[int, int] | None) -> str | None:
+        """Why a GPU of that CUDA compute capability cannot carry out the scheme; None if it can, or is no GPU."""
         return None
 
     @property
@@ -151,6 +156,44 @@ class Int8Dynamic(Scheme):
 
 
 @dataclass(frozen=True)
+class Float8Dynamic(Scheme):
+    """Weights and activations in 8-bit floating point (e4m3), which products take as they are.
+
+    On CUDA from compute capability 8.9 on; on CPU by dequantization, which saves memory, not time.
+
+    granularity: what shares a scale: "row", a token and an output channel each; "tensor", all; "block", 128 inputs of
+        a token, and 128 × 128 weights (DeepSeek-V3, 2024), where K must be a multiple of 128.
+    activation: "dynamic", or "static": one scale for all tokens, from what `aograph.calibrate` saw; what is beyond it
+        saturates. Not with blocks.
+    """
+
+    preset: ClassVar[str] = "float8dq"
+    differentiable: ClassVar[bool] = False
+    granularity: str = "row"
+    activation: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        self.check("granularity", ("row", "tensor", "block"))
+        self.check("activation", ("dynamic", "static"))
+        if self.granularity == "block" and self.activation == "static":
+            raise RecipeError(f"{self.preset}: blocks have no static scale: give activation=dynamic or granularity=row")
+
+    @property
+    def calibrated(self) -> bool:
+        return self.activation == "static"
+
+    def refuse(self, N: int, K: int) -> str | None:
+        halved = self.granularity == "block" and K % BLOCK
+        return f"K = {K} is not divisible by the block size {BLOCK}" if halved else None
+
+    def unsupported(self, capability: tuple[int, int] | None) -> str | None:
+        if capability is None or capability >= (8, 9):
+            return None
+        here = "{}.{}".format(*capability)
+        return f"products of float8 need compute capability 8.9; this GPU has {here}: float8wo or int8dq run on it"
+
+
+@dataclass(frozen=True)
 class Sparse(Scheme):
     """What schemes have in common whose weights are 2:4: two of each 4 consecutive inputs of a channel keep theirs.
 
@@ -191,6 +234,17 @@ class Int8DynamicSparse24(Sparse, Int8Dynamic):
     """
 
     preset: ClassVar[str] = "int8dq-sparse24"
+
+
+@dataclass(frozen=True)
+class Float8DynamicSparse24(Sparse, Float8Dynamic):
+    """float8dq on weights that are 2:4.
+
+    method: as for sparse24.
+    granularity: as for float8dq; with "block", products stay dense. activation: as for float8dq.
+    """
+
+    preset: ClassVar[str] = "float8dq-sparse24"
 
 
 def indivisible(K: int, group_size: int) -> str | None:

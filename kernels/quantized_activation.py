@@ -99,6 +99,11 @@ class Float8PerTensor:
 
     scale: float
 
+    @classmethod
+    def spanning(cls, most: float) -> "Float8PerTensor":
+        """Up to a magnitude of `most`."""
+        return cls(max(most, FLOAT8 * TINY) / FLOAT8)
+
     def __call__(self, x: Tensor) -> Activation:
         return Activation(_float8(x.float() * (1 / self.scale)))
 

@@ -1,8 +1,8 @@
-"""int8_sparse24_scaled_linear: a linear on a quantized activation with a weight that is 2:4.
+"""int8_ and float8_sparse24_scaled_linear: a linear on a quantized activation with a weight that is 2:4.
 
 values [N, K/2] and indices [N, ceil(K/8)] uint8 stand for the codes q [N, K] of the dense op, in the format of
-`sparse24.py`; all else, and what is computed, is as there. Sparse tensor cores do half the operations of a dense
-product.
+`sparse24.py`; all else, and what is computed, is as there, but that cuSPARSELt rounds the sums of float8 to bf16
+before they are scaled. Sparse tensor cores do half the operations of a dense product.
 
 `SPARSE` has the sparse op of each dense one.
 """
@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from . import cusparselt
+from .float8 import FLOAT8
+from .float8_scaled_linear import float8_scaled_linear
 from .int8_scaled_linear import int8_scaled_linear, shifted
 from .linear import fitting
 from .op import Case, need
 from .scaled_linear import ScaledLinearOp, scaled
 from .sparse24 import compress, decompress
 
-SUMS = {torch.int8: torch.int32}  # of products of codes, as cuSPARSELt gives them
+SUMS = {torch.int8: torch.int32, FLOAT8: torch.bfloat16}  # as cuSPARSELt gives those of products of codes
 
 
 class SparseScaledLinearOp(ScaledLinearOp):
@@ -75,4 +77,4 @@ class SparseScaledLinearOp(ScaledLinearOp):
         return scaled(sums, given["x_scale"], given["scale"], given["bias"], given["dtype"])
 
 
-SPARSE = {base.name: SparseScaledLinearOp(base) for base in (int8_scaled_linear,)}
+SPARSE = {base.name: SparseScaledLinearOp(base) for base in (int8_scaled_linear, float8_scaled_linear)}

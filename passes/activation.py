@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,11 +20,21 @@ from ..kernels.quantized_activation import BLOCK, Activation
 from ..kernels.scaled_linear import ScaledLinearOp
 from ..patterns.language import inherit, stays
 from ..program import Program, Site
-from .base import replace_linear
+from .base import SchemePass, replace_linear
 
 MADE_HERE = "quantizes"  # in the meta of nodes that quantize an activation
 
 Quantize = Callable[[Tensor], Activation]
+
+
+class ScaledSchemePass(SchemePass):
+    """Carries out a scheme that quantizes activations, too, by `op`."""
+
+    op: ClassVar[ScaledLinearOp]
+
+    def form(self, site: Site) -> tuple[ScaledLinearOp, list[str]]:
+        """The op for a site, and the names of what its packing gives in any case."""
+        return self.op, ["q", "scale"]
 
 
 def swap_scaled(

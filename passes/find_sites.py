@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..expression import Expression
+from ..kernels.op import capability
 from ..patterns.language import Miss, arguments, constant, match, packet
 from ..patterns.linear import LINEAR, MATMULS, underlying, weight_operands
 from ..predicate import Shape
@@ -103,6 +104,8 @@ class FindSites(Pass):
             row.close(SKIPPED, f"its weight is used elsewhere in another role ({role})")
         elif reason := decision[1].scheme.refuse(site.N, site.K):
             row.close(NEAR_MISS, reason)
+        elif reason := decision[1].scheme.unsupported(capability(site.weight.meta["val"].device)):
+            row.close(SKIPPED, reason)
         elif site.node.meta.get("grad") and not decision[1].scheme.differentiable:
             row.close(SKIPPED, f"gradients are recorded, and {decision[1].scheme.preset} has none: use torch.no_grad()")
         elif decision[1].scheme.calibrated and not context.statistics.keys() >= set(leaves):

@@ -8,25 +8,20 @@ from ..expression import Expression
 from ..kernels.int8_scaled_linear import int8_scaled_linear
 from ..kernels.op import Packing
 from ..kernels.quantized_activation import Int8PerTensor, int8_per_token, int8_per_token_asymmetric
-from ..kernels.scaled_linear import ScaledLinearOp
 from ..program import Program, Site
 from ..schemes import Int8Dynamic
-from .activation import Quantize, swap_scaled
-from .base import SchemePass
+from .activation import Quantize, ScaledSchemePass, swap_scaled
 
 if TYPE_CHECKING:
     from ..pipeline import Context
 
 
-class Int8DynamicPass(SchemePass):
+class Int8DynamicPass(ScaledSchemePass):
     """Where scales are static, statistics are there: `find_sites` saw to it."""
 
     name = "int8_dynamic"
     scheme = Int8Dynamic
-
-    def form(self, site: Site) -> tuple[ScaledLinearOp, list[str]]:
-        """The op for a site, and the names of what its packing always gives."""
-        return int8_scaled_linear, ["q", "scale"]
+    op = int8_scaled_linear
 
     def rewrite(self, site: Site, program: Program, context: Context) -> None:
         scheme = site.scheme

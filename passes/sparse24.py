@@ -92,10 +92,10 @@ class Sparse24Linear(SchemePass):
             keep_dense(program, site)
 
 
-def worth(site: Site, op: Op) -> bool:
+def worth(site: Site, op: Op, group_size: int | None = None) -> bool:
     """Whether a site becomes sparse: where that pays for the fewest or the most tokens it may see; rows say why not."""
     like = site.weight.meta["val"]
-    case = Case(like.device.type, like.dtype, None, site.N, site.K, None, capability(like.device))
+    case = Case(like.device.type, like.dtype, None, site.N, site.K, group_size, capability(like.device))
     low, high = site.rows[0].shape.bounds
     low, high = max(low, 1), ENDLESS if high is None else max(low, high, 1)
     answers = [pays(replace(case, M=M), op) for M in (low, high)]

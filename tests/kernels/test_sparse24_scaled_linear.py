@@ -1,18 +1,27 @@
 """Every implementation against float64, and against the dense op on the same codes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from aograph.kernels.prune24 import prune24
-from aograph.kernels.quantized_activation import int8_per_token, int8_per_token_asymmetric
+from aograph.kernels.quantized_activation import (
+    float8_per_block,
+    float8_per_tensor,
+    float8_per_token,
+    int8_per_token,
+    int8_per_token_asymmetric,
+)
 from aograph.kernels.sparse24 import decompress
 from aograph.kernels.sparse24_scaled_linear import SPARSE
 from torch._subclasses import FakeTensorMode
 
+FLOAT8 = {"row": float8_per_token, "tensor": float8_per_tensor, "block": float8_per_block}
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-6}
 device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 asymmetric = pytest.mark.parametrize("asymmetric", [False, True])
-int8 = SPARSE["int8_scaled_linear"]
+int8, float8 = SPARSE["int8_scaled_linear"], SPARSE["float8_scaled_linear"]
 
 
 def int8_call(M, N, K, dtype, asymmetric=False, device="cpu", bias=True):
@@ -28,11 +37,27 @@ def int8_call(M, N, K, dtype, asymmetric=False, device="cpu", bias=True):
     return (codes, x_scale, x_zero, values, indices, scale, *(sums or [None]), b, dtype), expected
 
 
-def run(name, arguments):
-    supported = int8[name].supports(int8.case_of(*arguments))
+def float8_call(M, N, K, dtype, granularity="row", device="cpu"):
+    x = torch.randn(M, K).to(dtype).to(device)
+    codes, x_scale, _ = FLOAT8[granularity](x)
+    values, indices, scale = float8.pack(prune24(torch.randn(N, K).to(dtype).to(device)), granularity=granularity)
+    bias = torch.randn(N).to(dtype).to(device)
+    q = decompress(values, indices)
+    return (codes, x_scale, values, indices, scale, bias, dtype), (
+        codes,
+        x_scale,
+        q,
+        scale,
+        bias.double(),
+        torch.float64,
+    )
+
+
+def run(op, name, arguments):
+    supported = op[name].supports(op.case_of(*arguments))
     if supported is not True:
         pytest.skip(supported)
-    return int8.run(*arguments, implementation=name)
+    return op.run(*arguments, implementation=name)
 
 
 @device
@@ -43,9 +68,28 @@ def run(name, arguments):
 def test_int8(N, K, name, dtype, asymmetric, device):
     for M, bias in [(1, True), (3, False), (17, True), (300, True)]:
         arguments, expected = int8_call(M, N, K, dtype, asymmetric, device, bias)
-        y = run(name, arguments)
+        y = run(int8, name, arguments)
         assert y.dtype == dtype and y.shape == (M, N)
         assert (y.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+@device
+@dtype
+@pytest.mark.parametrize("name", [each.name for each in float8])
+@pytest.mark.parametrize("granularity", ["row", "tensor", "block"])
+def test_float8(granularity, name, dtype, device):
+    for M, N, K in [(1, 129, 128), (17, 64, 512), (300, 64, 128)]:
+        arguments, exact = float8_call(M, N, K, dtype, granularity, device)
+        expected = float8.base.run(*exact, implementation="reference")
+        y = run(float8, name, arguments)
+        assert y.dtype == dtype and y.shape == (M, N)
+        rounded = torch.bfloat16 if name == "cusparselt" else dtype
+        assert (y.double() - expected).norm() <= max(TOLERANCE[rounded], 1e-5) * expected.norm()
+
+
+def test_blocks_of_scales_are_not_for_cusparselt():
+    case = replace(float8.case_of(*float8_call(300, 64, 128, torch.bfloat16, "block")[0]), device="cuda")
+    assert float8["cusparselt"].supports(case) == "cuSPARSELt has no scales of blocks"
 
 
 @asymmetric

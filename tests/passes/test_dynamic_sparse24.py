@@ -1,11 +1,17 @@
-"""Dynamic int8 on pruned weights."""
+"""Quantized activations, and codes of pruned weights."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from aograph.kernels.op import Case
 from aograph.kernels.prune24 import prune24
+from aograph.kernels.sparse24_linear import pays
+from aograph.kernels.sparse24_scaled_linear import SPARSE
 from torch import nn
 
 import aograph
+from aograph import Recipe
 from tests.models.zoo import build
 from tests.passes.test_sparse24 import Siblings, optimized, pruned, sparse, text
 from tests.small_models import MLP
@@ -13,11 +19,16 @@ from tests.small_models import MLP
 __all__ = ["sparse"]
 
 X = torch.randn(5, 64)
-VARIANTS = ["int8dq-sparse24", "int8dq-sparse24(algorithm=mse, mapping=asymmetric)"]
+VARIANTS = {
+    "int8dq-sparse24": "int8_sparse24_scaled_linear",
+    "int8dq-sparse24(algorithm=mse, mapping=asymmetric)": "int8_sparse24_scaled_linear",
+    "float8dq-sparse24": "float8_sparse24_scaled_linear",
+    "float8dq-sparse24(granularity=tensor)": "float8_sparse24_scaled_linear",
+}
 
 
 @pytest.mark.parametrize("recipe", VARIANTS)
-def test_it_is_int8dq_of_the_pruned_model(recipe, request):
+def test_it_is_the_dense_scheme_on_the_pruned_model(recipe, request):
     model = MLP().eval()
     expected = optimized(pruned(model), recipe.replace("-sparse24", ""))(X)
     dense = optimized(model, recipe)
@@ -27,23 +38,33 @@ def test_it_is_int8dq_of_the_pruned_model(recipe, request):
         assert row.scheme == recipe and 0.3 < row.error < 0.6
     request.getfixturevalue("sparse")
     fast = optimized(model, recipe)
-    assert text(fast).count("aograph.int8_sparse24_scaled_linear") == 2
+    assert text(fast).count(f"aograph.{VARIANTS[recipe]}.default") == 2
     assert {(row.kernel, *row.notes) for row in fast.report.rows} == {
         ("dequantize", "2:4 by magnitude", "slower than dense below M = 4")
     }
     torch.testing.assert_close(fast(X), expected)
 
 
-def test_static_scales_and_wanda_from_one_calibration(sparse):
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_static_scales_and_wanda_from_one_calibration(kind, sparse):
     model = MLP().eval()
-    recipe = aograph.calibrate(model, "int8dq-sparse24(method=wanda, activation=static)", [X])
+    recipe = aograph.calibrate(model, f"{kind}dq-sparse24(method=wanda, activation=static)", [X])
     with torch.no_grad():
         expected, hidden = pruned(model), model.up(X).relu()
         expected.up.weight = nn.Parameter(prune24(model.up.weight.detach(), X.norm(dim=0)))
         expected.down.weight = nn.Parameter(prune24(model.down.weight.detach(), hidden.norm(dim=0)))
     fast = optimized(model, recipe)
-    assert text(fast).count("aograph.int8_sparse24_scaled_linear") == 2
-    assert (fast(X) - expected(X)).norm() < 0.05 * expected(X).norm()
+    assert text(fast).count(f"aograph.{kind}_sparse24_scaled_linear") == 2
+    dense = replace(recipe, rules=Recipe.of(f"{kind}dq(activation=static)").rules)
+    torch.testing.assert_close(fast(X), optimized(expected, dense)(X))
+
+
+def test_blocks_stay_dense():
+    x = torch.randn(300, 128)
+    fast = optimized(MLP(128, 128).eval(), "float8dq-sparse24(granularity=block)", x)
+    assert text(fast).count("aograph.float8_scaled_linear.default") == 2
+    case = Case("cuda", torch.bfloat16, 4096, 128, 128, 128, (9, 0))
+    assert pays(case, SPARSE["float8_scaled_linear"]) == "cuSPARSELt has no scales of blocks"
 
 
 def test_siblings_quantize_once_whatever_their_schemes(sparse):
