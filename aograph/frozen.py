@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import InputError, WeightError
-from .kernels.op import Packing
 from .weights import Pack, check_finite
 
 KNOWN: Any = WeakTensorKeyDictionary()  # the first weight of each pack → what it was packed to, by key
@@ -62,9 +61,8 @@ class Packed:
                 old.copy_(new)
                 if old.is_cuda:  # kernels fetch packed weights before the work ahead of them has ended
                     torch.cuda.synchronize(old.device)
-            if self.tensors and isinstance(self.pack.function, Packing):
-                self.pack.function.op.renew(*self.tensors)
             self.tensors = self.tensors or tuple(t.clone() if shares(t, leaves) else t for t in fresh)
+            self.pack.prepare(self.tensors)
             self.versions = [version(leaf) for leaf in leaves]
 
 

@@ -47,11 +47,11 @@ def verify(program: Program) -> None:
 
 
 def verify_call(node: Node) -> None:
-    ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aograph"
-    if ours and node.target is not prune24:
-        x, op = node.all_input_nodes[0].meta["val"], OPS.get(node.target._schema.name.removeprefix("aograph::"))
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aograph" and target is not prune24:
+        x, op = node.all_input_nodes[0].meta["val"], OPS.get(target._schema.name.removeprefix("aograph::"))
         if op is None or x.dtype not in op.takes:
-            raise PassError(f"{node.format_node()}: {node.target} does not take {describe(x)}")
+            raise PassError(f"{node.format_node()}: {target} does not take {describe(x)}")
     values = tuple(n.meta.get("val") for n in (node, *node.all_input_nodes))
     seen = node.meta.get("verified")
     if seen is not None and seen[0] == (node.target, node.args, node.kwargs) and same_objects(seen[1], values):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .errors import WeightError
 from .expression import Expression
+from .kernels.op import Packing
 from .kernels.prune24 import prune24
 from .program import Program, get_attribute, set_attribute
 from .report import Row
@@ -69,6 +70,11 @@ class Pack:
         expected = F.linear(x, weight).float()
         error = (self.op(x, packed).float() - expected).norm()
         return packed, float(error / expected.norm().clamp_min(torch.finfo(torch.float32).tiny)), note
+
+    def prepare(self, packed: tuple[Tensor, ...]) -> None:
+        """Has the op make what it keeps besides the packed tensors, which are there, or were written."""
+        if isinstance(self.function, Packing):
+            self.function.op.prepare(*packed)
 
     def report(self, error: float | None, note: str | None) -> None:
         """Tells the rows what packing showed."""
@@ -202,6 +208,7 @@ class WeightStore:
             note = None
         else:
             self.packed[pack.key], error, note = pack.run(leaf)
+        pack.prepare(self.packed[pack.key])
         if error is not None:
             self.errors[pack.key] = error
         if note is not None:

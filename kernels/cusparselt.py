@@ -8,7 +8,7 @@ power of two), and what it finds stays in the cache folder.
 
 import contextlib
 import json
-from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import cache
-from .op import Case, need
+from .op import ENDLESS, Case, Op, capability, need
+from .sparse24 import decompress
 
 MULTIPLES = {torch.bfloat16: (16, 8), torch.float16: (16, 8), torch.int8: (32, 16), torch.float8_e4m3fn: (32, 16)}
 BLOBS: Any = WeakTensorKeyDictionary()  # the values of a packed weight → their version, and the weight as it is read
@@ -43,36 +44,37 @@ def supports(case: Case, dtype: torch.dtype) -> bool | str:
     )
 
 
-def product(x: Tensor, values: Tensor, weight: Callable[[], Tensor], bias: Tensor | None, **how: Any) -> Tensor:
-    """x [M, K] @ W.T + bias: y [M, N].
+def product(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None, **how: Any) -> Tensor:
+    """x [M, K] @ W.T + bias: y [M, N], of a packed weight in the format of `sparse24.py`.
 
-    weight() gives W [N, K], 2:4, of which `values` is the packed part that is written when the weight changes.
     how: alpha and out_dtype of `torch._cslt_sparse_mm`.
     """
-    M = x.shape[0]
-    _, tokens = MULTIPLES[x.dtype]
-    padded = torch.nn.functional.pad(x, (0, 0, 0, -M % tokens))
-    blob = compressed(values, weight)
-    found = algorithm(blob, padded, bias, how)
-    y = torch._cslt_sparse_mm(blob, padded.t(), bias=bias, transpose_result=True, **found._asdict(), **how)
+    M, missing = x.shape[0], -x.shape[0] % MULTIPLES[x.dtype][1]
+    filled = torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+    blob = compressed(values, indices)
+    found = algorithm(blob, filled, bias, how)
+    y = torch._cslt_sparse_mm(blob, filled.t(), bias=bias, transpose_result=True, **found._asdict(), **how)
     return y[:M]
 
 
-def compressed(values: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+def prepare(op: Op, values: Tensor, indices: Tensor) -> None:
+    """Compresses a packed weight ahead of the calls of `op`, where these go to cuSPARSELt, or again, after a write."""
+    dtype = values.dtype if values.element_size() > 1 else torch.bfloat16
+    case = Case(values.device.type, dtype, None, len(values), 2 * values.shape[1], capability=capability(values.device))
+    if any(op.choose(replace(case, M=M)).name == "cusparselt" for M in (1, ENDLESS)):
+        compressed(values, indices)
+
+
+def compressed(values: Tensor, indices: Tensor) -> Tensor:
     """The weight as cuSPARSELt reads it; made again, in the same memory, where `values` has been written since."""
     version = 0 if values.is_inference() else values._version
     known, blob = BLOBS.get(values, (None, None))
     if known != version:
-        fresh = torch._cslt_compress(weight())
-        blob = fresh if blob is None else blob.copy_(fresh)  # CUDA graphs go on reading it where it is
+        with torch.inference_mode(False), torch.no_grad():
+            fresh = torch._cslt_compress(decompress(values, indices))
+            blob = fresh if blob is None else blob.copy_(fresh)  # CUDA graphs go on reading it where it is
         BLOBS[values] = version, blob
     return blob
-
-
-def renew(values: Tensor, weight: Callable[[], Tensor]) -> None:
-    """Brings what is kept of a packed weight up to date, for CUDA graphs, which never ask; nothing if none is kept."""
-    if values in BLOBS:
-        compressed(values, weight)
 
 
 def algorithm(blob: Tensor, x: Tensor, bias: Tensor | None, how: dict[str, Any]) -> Algorithm:

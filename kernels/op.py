@@ -102,7 +102,7 @@ class Op:
         self.version = version
         self.usual_group_size = usual_group_size
         self.implementations: list[Implementation] = []
-        self.renew: Callable[..., None] = lambda *packed: None
+        self.prepare: Callable[..., None] = lambda *packed: None
         self.registered = self.name if version == 1 else f"{self.name}_v{version}"
         self.qualified_name = f"aograph::{self.registered}"
         torch.library.define(self.qualified_name, signature, tags=torch.Tag.pt2_compliant_tag)
@@ -140,9 +140,10 @@ class Op:
         self.pack = function
         return function
 
-    def renewal(self, function: Callable[..., None]) -> Callable[..., None]:
-        """Decorator: what to do once packed arguments, of which implementations keep copies, were written in place."""
-        self.renew = function
+    def preparation(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Decorator: makes what implementations keep besides the packed arguments, once these are there, and brings it
+        up to date once they were written in place: never in a call, which a CUDA graph may not even make."""
+        self.prepare = function
         return function
 
     def implementation(self, name: str, *, supports: Supports, standalone: bool = False):

@@ -38,9 +38,9 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     return sparse24.compress(weight)
 
 
-@sparse24_linear.renewal
+@sparse24_linear.preparation
 def _(values: Tensor, indices: Tensor) -> None:
-    cusparselt.renew(values, lambda: decompress(values, indices))
+    cusparselt.prepare(sparse24_linear, values, indices)
 
 
 @sparse24_linear.reference
@@ -50,7 +50,7 @@ def _(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) ->
 
 @sparse24_linear.implementation("cusparselt", supports=lambda case: cusparselt.supports(case, case.dtype))
 def _(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
-    return cusparselt.product(x, values, lambda: decompress(values, indices), bias)
+    return cusparselt.product(x, values, indices, bias)
 
 
 @sparse24_linear.implementation("dequantize", supports=lambda case: True)  # slow: an artifact had better call the op

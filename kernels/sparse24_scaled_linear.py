@@ -39,7 +39,7 @@ class SparseScaledLinearOp(ScaledLinearOp):
         self.case(self.sparse_case)
         self.fake(self.like)
         self.packing(self.compressed)
-        self.renewal(lambda values, indices, *_: cusparselt.renew(values, partial(decompress, values, indices)))
+        self.preparation(lambda values, indices, *_: cusparselt.prepare(self, values, indices))
         self.reference(partial(self.densely, base.oracle.function))
         self.implementation("cusparselt", supports=self.supports)(self.sparsely)
         self.implementation("dequantize", supports=lambda case: True)(partial(self.densely, base.run))
@@ -70,9 +70,8 @@ class SparseScaledLinearOp(ScaledLinearOp):
 
     def sparsely(self, *args) -> Tensor:
         given = dict(zip(self.names, args, strict=True))
-        x, values = given["x"], given["values"]
-        weight = partial(decompress, values, given["indices"])
-        sums = cusparselt.product(x, values, weight, None, out_dtype=SUMS[x.dtype])
+        x = given["x"]
+        sums = cusparselt.product(x, given["values"], given["indices"], out_dtype=SUMS[x.dtype])
         sums = shifted(sums, given.get("x_zero"), given.get("sums"))
         return scaled(sums, given["x_scale"], given["scale"], given["bias"], given["dtype"])
 

@@ -98,11 +98,13 @@ def worth(site: Site, op: Op, group_size: int | None = None) -> bool:
     case = Case(like.device.type, like.dtype, None, site.N, site.K, group_size, capability(like.device))
     low, high = site.rows[0].shape.bounds
     low, high = max(low, 1), ENDLESS if high is None else max(low, high, 1)
-    answers = [pays(replace(case, M=M), op) for M in (low, high)]
-    reason = next((each for each in answers if each is not True), None)
-    if reason is not None:
-        for row in site.rows:
-            row.notes.append(str(reason) if True in answers else f"dense: {reason}")
+    ends = [replace(case, M=M) for M in (low, high)]
+    answers = [pays(end, op) for end in ends]
+    notes = [str(answer) if True in answers else f"dense: {answer}" for answer in answers if answer is not True][:1]
+    if True in answers and any(op.choose(end).name == "cusparselt" for end in ends):
+        notes.append("cuSPARSELt keeps a second copy, in its own form")
+    for row in site.rows:
+        row.notes += notes
     return True in answers
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from aograph.kernels import sparse24_linear as kernel
 from aograph.kernels.prune24 import prune24
+from aograph.kernels.sparse24 import decompress
 from aograph.passes import Stage
 from torch import nn
 
@@ -206,16 +207,19 @@ def test_behind_compile_new_weights_are_pruned_again(kind, request):
     torch.testing.assert_close(run(X), pruned(model)(X))
 
 
-def test_what_kernels_keep_is_renewed_when_weights_are_filled_in_again(sparse, monkeypatch):
-    renewed = []
-    monkeypatch.setattr(kernel.sparse24_linear, "renew", lambda *packed: renewed.append(len(packed)))
+def test_what_kernels_keep_is_made_ahead_of_calls_and_again_when_weights_are_filled_in(sparse, monkeypatch):
+    prepared = []
+    monkeypatch.setattr(kernel.sparse24_linear, "prepare", lambda *packed: prepared.append(decompress(*packed)))
     model = MLP().eval().requires_grad_(False)
+    optimized(model)
+    assert [weight.shape for weight in prepared] == [(128, 64), (64, 128)]
     run = torch.compile(model, backend="aograph", options={"recipe": "sparse24", "compile": False})
     run(X)
-    assert not renewed
+    run(X)
+    assert len(prepared) == 4
     model.up.weight.mul_(2)
     run(X)
-    assert renewed == [2]
+    assert len(prepared) == 5 and torch.equal(prepared[-1], prune24(model.up.weight))
 
 
 def test_gradients_of_adapters_pass_through(sparse):
