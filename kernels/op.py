@@ -120,9 +120,12 @@ class Op:
 
     # Declaration ------------------------------------------------------------------------------------------
 
-    def reference(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Decorator: the meaning of the op, on any device."""
-        self.oracle = Implementation("reference", function, lambda case: True, standalone=True)
+    def reference(self, function: Callable[..., Tensor], standalone: bool = True) -> Callable[..., Tensor]:
+        """Decorator: the meaning of the op, on any device.
+
+        standalone: False where an artifact had better call the op, and need this package, than hold what this does.
+        """
+        self.oracle = Implementation("reference", function, lambda case: True, standalone)
         return function
 
     def fake(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -5,6 +5,8 @@ bias [N] in x's dtype, or None -> y [..., N] in x's dtype. Sparse tensor cores d
 product. NaN and inf in x reach the outputs whose weights at that input were kept; others of their row, they may.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,7 +45,7 @@ def _(values: Tensor, indices: Tensor) -> None:
     cusparselt.prepare(sparse24_linear, values, indices)
 
 
-@sparse24_linear.reference
+@partial(sparse24_linear.reference, standalone=False)  # slower than the dense product, as is "dequantize"
 def _(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, decompress(values, indices), bias)
 
@@ -53,7 +55,7 @@ def _(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) ->
     return cusparselt.product(x, values, indices, bias)
 
 
-@sparse24_linear.implementation("dequantize", supports=lambda case: True)  # slow: an artifact had better call the op
+@sparse24_linear.implementation("dequantize", supports=lambda case: True)
 def dequantize(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
     if linear.slow_half(x):
         return linear.in_fp32(dequantize, x, values, indices, bias)

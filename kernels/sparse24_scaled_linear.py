@@ -40,7 +40,7 @@ class SparseScaledLinearOp(ScaledLinearOp):
         self.fake(self.like)
         self.packing(self.compressed)
         self.preparation(lambda values, indices, *_: cusparselt.prepare(self, values, indices))
-        self.reference(partial(self.densely, base.oracle.function))
+        self.reference(partial(self.densely, base.oracle.function), standalone=False)
         self.implementation("cusparselt", supports=self.supports)(self.sparsely)
         self.implementation("dequantize", supports=lambda case: True)(partial(self.densely, base.run))
 

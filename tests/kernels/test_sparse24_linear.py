@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from aograph.kernels.op import Case
 from aograph.kernels.prune24 import prune24
 from aograph.kernels.sparse24_linear import FROM_TOKENS, pack, pays, sparse24_linear
+from aograph.kernels.sparse24_scaled_linear import SPARSE
 from torch._subclasses import FakeTensorMode
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
@@ -97,6 +98,11 @@ def test_what_does_not_fit_is_named():
     ):
         with pytest.raises(ValueError, match="sparse24_linear: " + message):
             sparse24_linear(*arguments)
+
+
+def test_an_artifact_calls_the_op_as_all_that_it_could_hold_is_slower_than_a_dense_product():
+    for op in (sparse24_linear, *SPARSE.values()):
+        assert not any(each.standalone for each in op)
 
 
 def test_where_it_pays(monkeypatch):
