@@ -17,14 +17,26 @@ from .optimize import OptimizedModule, explain, optimize
 from .pretrained import LoadingReport, load_pretrained
 from .recipe import Recipe, Rule
 from .report import Report, Row
-from .schemes import Int4WeightOnly, Int8WeightOnly, Keep, Scheme
+from .schemes import (
+    Float8Dynamic,
+    Float8DynamicSparse24,
+    Float8WeightOnly,
+    Int4WeightOnly,
+    Int8Dynamic,
+    Int8DynamicSparse24,
+    Int8WeightOnly,
+    Keep,
+    Scheme,
+    Sparse24,
+)
 from .statistics import LinearStatistics
 
 __version__ = "0.1.0"
 
 __all__ = [
     "optimize", "load_pretrained", "explain", "calibrate", "refresh", "load", "OptimizedModule", "Artifact",
-    "LoadingReport", "LinearStatistics", "Recipe", "Rule", "Scheme", "Int4WeightOnly", "Int8WeightOnly", "Keep",
+    "LoadingReport", "LinearStatistics", "Recipe", "Rule", "Scheme", "Float8Dynamic", "Float8DynamicSparse24",
+    "Float8WeightOnly", "Int4WeightOnly", "Int8Dynamic", "Int8DynamicSparse24", "Int8WeightOnly", "Keep", "Sparse24",
     "Report", "Row", "AographError", "ArtifactError", "CaptureError", "CompileError", "InputError", "PassError",
     "RecipeError", "WeightError",
 ]  # fmt: skip

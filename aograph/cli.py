@@ -29,7 +29,7 @@ from .kernels.int4_linear import GROUP_SIZES
 from .kernels.op import OPS
 from .optimize import OptimizedModule, call_of, device_of, explain, optimize, rewrite
 from .pipeline import packed_linears
-from .recipe import Recipe
+from .recipe import SHIPPED, Recipe
 from .schemes import PRESETS
 
 MODEL_HELP = """a Hugging Face folder, or module:factory, where the factory returns (model, example inputs)"""
@@ -219,6 +219,8 @@ def run_recipes(options: argparse.Namespace) -> None:
     for name, scheme in PRESETS.items():
         settings = ", ".join(f"{k}={v}" for k, v in scheme().settings(changed_only=False).items())
         rows.append([name, settings, (inspect.getdoc(scheme) or "").partition("\n")[0]])
+    for name, rules in SHIPPED.items():
+        rows.append([name, "", " + ".join(f"{rule.name}:{rule.scheme}" for rule in rules)])
     print(tabulate(rows, ["preset", "parameters", "what it does"], maxcolwidths=[None, None, 80]))
 
 

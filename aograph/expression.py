@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ class Expression:
     @classmethod
     def of(cls, node: Node) -> Expression:
         if node.op == "get_attr":
-            return cls(node.target)
+            return node.meta.get("literal") or cls(node.target)
         args = torch.fx.map_arg(node.args, cls.of)
         return cls(node.target, args, tuple(torch.fx.map_arg(node.kwargs, cls.of).items()))
 
@@ -66,6 +68,25 @@ class Expression:
         return self.text({})
 
     __repr__ = __str__
+
+
+class Literal(Expression):
+    """A tensor that is no weight of the model, such as calibrated statistics; a node has it in `meta["literal"]`."""
+
+    @property
+    def leaves(self) -> list[str]:
+        return []
+
+    def evaluate(self, look_up: Callable[[str], Tensor]) -> Tensor:
+        return self.target
+
+    def text(self, names: Mapping[str, str]) -> str:
+        return self.digest
+
+    @cached_property
+    def digest(self) -> str:
+        here = self.target.cpu().contiguous()
+        return f"{here.dtype}{list(here.shape)}#{hashlib.sha256(here.view(torch.uint8).numpy()).hexdigest()[:16]}"
 
 
 def is_expression(value: Any) -> bool:

@@ -39,6 +39,7 @@ class Packed:
         self.versions: list[int] = []
         self.tensors: tuple[Tensor, ...] = ()
         self.error: float | None = None
+        self.note: str | None = None
 
     def of(self, leaves: Sequence[Tensor]) -> bool:
         return all(reference() is leaf for reference, leaf in zip(self.leaves, leaves, strict=True))
@@ -55,13 +56,13 @@ class Packed:
                 check_finite(name, leaf)
         with torch.inference_mode(False), torch.no_grad():
             values = dict(zip(self.names, leaves, strict=True))
-            weight = self.pack.weight.evaluate(lambda name: values[name].detach())
-            fresh, self.error = self.pack.run(weight)
+            fresh, self.error, self.note = self.pack.run(lambda name: values[name].detach())
             for old, new in zip(self.tensors, fresh, strict=False):
                 old.copy_(new)
                 if old.is_cuda:  # kernels fetch packed weights before the work ahead of them has ended
                     torch.cuda.synchronize(old.device)
             self.tensors = self.tensors or tuple(t.clone() if shares(t, leaves) else t for t in fresh)
+            self.pack.prepare(self.tensors)
             self.versions = [version(leaf) for leaf in leaves]
 
 
@@ -112,8 +113,7 @@ class Frozen:
         for pack in self.packs:
             found = packed(pack, [values[name] for name in pack.weight.leaves])
             tensors += found.tensors
-            for row in pack.rows:
-                row.error = found.error
+            pack.report(found.error, found.note)
         if self.release:
             release(values)
         self.watched = [weakref.ref(leaf, self.forget) for leaf in leaves]

@@ -1,9 +1,11 @@
 """Recipes: an ordered list of rules (match → scheme), the last rule that matches winning, as in a style sheet.
 
-As a string, presets compose with `+`, take parameters in parentheses and selectors in front::
+As a string, presets compose with `+`, take parameters in parentheses and selectors in front; `SHIPPED` names lists of
+rules::
 
     int4wo
     int4wo(group_size=128, algorithm=mse) + lm_head:int8wo + re:.*layers\\.0\\..*:none
+    vit
 
 As TOML, one `[[rule]]` each, with the keys of `Rule` and the parameters of the scheme::
 
@@ -35,7 +37,7 @@ from typing import Any, Protocol
 from . import statistics
 from .errors import RecipeError
 from .predicate import Shape, holds, parse
-from .schemes import PRESETS, Scheme, nearest
+from .schemes import PRESETS, Int8Dynamic, Int8DynamicSparse24, Scheme, Sparse24, nearest
 from .statistics import LinearStatistics
 
 
@@ -113,6 +115,16 @@ class Rule:
 
 SELECTORS = ("name", "operator", "module", "shape")
 
+# Recipes that have a name. "vit" is for vision transformers, their linears named as in timm, transformers, torchvision,
+# Segment Anything, DINOv2 or torch itself.
+SHIPPED = {
+    "vit": (
+        Rule(Int8Dynamic(), name=r"re:(.*\.)?(self_)?(attn|attention)\..*"),
+        Rule(Int8DynamicSparse24(), name=r"re:(.*\.)?(mlp\.(fc1|lin1|0|w12|weights_in)|intermediate\.dense|linear_?1)"),
+        Rule(Sparse24(), name=r"re:(.*\.)?(mlp\.(fc2|lin2|3|w3|weights_out)|(?<!attention\.)output\.dense|linear_?2)"),
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -131,7 +143,8 @@ class Recipe:
         if isinstance(source, Path) or (isinstance(source, str) and source.endswith(".toml")):
             return cls.read(Path(source))
         if isinstance(source, str):
-            return cls(tuple(parse_part(p) for p in re.split(r"\+(?![^(]*\))", source)))
+            parts = (part.strip() for part in re.split(r"\+(?![^(]*\))", source))
+            return cls(tuple(rule for part in parts for rule in SHIPPED.get(part) or [parse_part(part)]))
         if isinstance(source, Iterable):
             rules = tuple(source)
             if rules and all(isinstance(r, Rule) for r in rules):

@@ -1,11 +1,12 @@
 """Packs as data, so that a loaded artifact can pack new weights of the original names.
 
 A pack says which op packs, with which settings, and how the weight [N, K] is computed from the model's own tensors: an
-expression of ATen operators, which is read back without running anything but those.
+expression of ATen operators and `prune24`, which is read back without running anything but those.
 """
 
 from __future__ import annotations
 
+import base64
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from .errors import ArtifactError, InputError
-from .expression import Expression
+from .expression import Expression, Literal
 from .kernels.op import OPS, Packing
+from .kernels.prune24 import prune24
 from .schemes import nearest
 from .weights import Pack, all_finite
 
 SCALARS = (bool, int, float, str, type(None))
+OWN: dict[str, Callable[..., Any]] = {"getitem": operator.getitem, str(prune24): prune24}
 
 
 def packs_as_data(programs: Mapping[str, Mapping[str, Pack]]) -> list[dict[str, Any]]:
@@ -45,10 +48,14 @@ def as_data(pack: Pack) -> dict[str, Any]:
 
 def written(value: Any) -> Any:
     """An expression, or an argument in one, as JSON."""
+    if isinstance(value, Literal):
+        here = value.target.cpu().contiguous()
+        content = base64.b64encode(here.view(torch.uint8).numpy()).decode()
+        return {"tensor": content, "dtype": str(here.dtype).removeprefix("torch."), "sizes": list(here.shape)}
     if isinstance(value, Expression) and isinstance(value.target, str):
         return {"weight": value.target}
     if isinstance(value, Expression):
-        name = "getitem" if value.target is operator.getitem else str(value.target)
+        name = next((name for name, own in OWN.items() if own is value.target), str(value.target))
         return {"call": name, "args": written(value.args), "kwargs": {k: written(v) for k, v in value.kwargs}}
     if isinstance(value, (list, tuple)):
         return [written(v) for v in value]
@@ -58,8 +65,11 @@ def written(value: Any) -> Any:
 
 
 def read(data: Any, look_up: Callable[[str], Tensor]) -> Any:
-    """The value of what `written` gave. Raises `ArtifactError` for a function that is none of ATen's."""
+    """The value of what `written` gave. Raises `ArtifactError` for a function that is none of ATen's, nor `prune24`."""
     match data:
+        case {"tensor": str(content), "dtype": str(name), "sizes": list(sizes)}:
+            bits = bytearray(base64.b64decode(content))
+            return torch.frombuffer(bits, dtype=read({"dtype": name}, look_up)).view(sizes)
         case {"weight": str(name)}:
             return look_up(name)
         case {"call": str(name), "args": list(args), "kwargs": dict(kwargs)}:
@@ -75,9 +85,9 @@ def read(data: Any, look_up: Callable[[str], Tensor]) -> Any:
 
 
 def function(name: str) -> Callable[..., Any]:
-    """A pure operator of ATen by its name, or `getitem`."""
-    if name == "getitem":
-        return operator.getitem
+    """A pure operator of ATen by its name, `getitem`, or `prune24`."""
+    if own := OWN.get(name):
+        return own
     namespace, _, rest = name.partition(".")
     packet, _, overload = rest.partition(".")
     found = getattr(getattr(torch.ops.aten, packet, None), overload, None) if namespace == "aten" else None

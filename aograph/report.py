@@ -24,7 +24,8 @@ class Row:
     name: the qualified name of the weight's owner; operator: the operator as the model wrote it; module: class of
     the innermost module. shape: M tokens, N out, K in (None where it is no linear). outcome: rewritten, skipped,
     excluded, near miss. bytes_before, bytes_after: of the weight. error: the relative error of the rewritten op
-    against the linear that it replaces, on 16 tokens of Gaussian noise. notes: reasons, merges, copies kept.
+    against the linear that it replaces, not pruned, on 16 tokens of Gaussian noise. notes: reasons, merges, copies
+    kept.
     """
 
     name: str

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .errors import RecipeError
+from .kernels.prune24 import METHODS
+from .kernels.quantized_activation import BLOCK
 from .kernels.rounding import ALGORITHMS, GROUP_SIZES
 
 
@@ -25,9 +27,16 @@ def nearest(word: Any, valid: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Scheme:
-    """The base of schemes; equal parameters make equal schemes."""
+    """The base of schemes; equal parameters make equal schemes.
+
+    differentiable: whether gradients for x flow through what the scheme makes of a linear.
+    """
 
     preset: ClassVar[str]
+    differentiable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Raises `RecipeError` for parameters with values that they cannot have."""
 
     @classmethod
     def parameters(cls) -> tuple[str, ...]:
@@ -48,6 +57,15 @@ class Scheme:
     def refuse(self, N: int, K: int) -> str | None:
         """Why a linear with a weight [N, K] cannot take the scheme; None if it can."""
         return None
+
+    def unsupported(self, capability: tuple[int, int] | None) -> str | None:
+        """Why a GPU of that CUDA compute capability cannot carry out the scheme; None if it can, or is no GPU."""
+        return None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the scheme needs statistics of the activations."""
+        return False
 
     def check(self, parameter: str, valid: Iterable[Any]) -> None:
         value, valid = getattr(self, parameter), tuple(valid)
@@ -104,6 +122,131 @@ class Int4WeightOnly(Scheme):
         return indivisible(K, self.group_size)
 
 
+@dataclass(frozen=True)
+class Float8WeightOnly(Scheme):
+    """Weights in 8-bit floating point (e4m3), one scale per channel; activations and arithmetic as they were."""
+
+    preset: ClassVar[str] = "float8wo"
+
+
+@dataclass(frozen=True)
+class Int8Dynamic(Scheme):
+    """Weights in 8 bits, one scale per channel, activations too, one scale per token; products of integers.
+
+    algorithm: as for int8wo, of the weights.
+    mapping: of activations: "symmetric", or "asymmetric", with a zero point, for those of mostly one sign.
+    activation: "dynamic", or "static": one scale for all tokens, from the range that `aograph.calibrate` saw; what is
+        outside of it saturates.
+    """
+
+    preset: ClassVar[str] = "int8dq"
+    differentiable: ClassVar[bool] = False
+    algorithm: str = "minmax"
+    mapping: str = "symmetric"
+    activation: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        self.check("algorithm", ALGORITHMS)
+        self.check("mapping", ("symmetric", "asymmetric"))
+        self.check("activation", ("dynamic", "static"))
+
+    @property
+    def calibrated(self) -> bool:
+        return self.activation == "static"
+
+
+@dataclass(frozen=True)
+class Float8Dynamic(Scheme):
+    """Weights and activations in 8-bit floating point (e4m3), which products take as they are.
+
+    On CUDA from compute capability 8.9 on; on CPU by dequantization, which saves memory, not time.
+
+    granularity: what shares a scale: "row", a token and an output channel each; "tensor", all; "block", 128 inputs of
+        a token, and 128 × 128 weights (DeepSeek-V3, 2024), where K must be a multiple of 128.
+    activation: "dynamic", or "static": one scale for all tokens, from what `aograph.calibrate` saw; what is beyond it
+        saturates. Not with blocks.
+    """
+
+    preset: ClassVar[str] = "float8dq"
+    differentiable: ClassVar[bool] = False
+    granularity: str = "row"
+    activation: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        self.check("granularity", ("row", "tensor", "block"))
+        self.check("activation", ("dynamic", "static"))
+        if self.granularity == "block" and self.activation == "static":
+            raise RecipeError(f"{self.preset}: blocks have no static scale: give activation=dynamic or granularity=row")
+
+    @property
+    def calibrated(self) -> bool:
+        return self.activation == "static"
+
+    def refuse(self, N: int, K: int) -> str | None:
+        halved = self.granularity == "block" and K % BLOCK
+        return f"K = {K} is not divisible by the block size {BLOCK}" if halved else None
+
+    def unsupported(self, capability: tuple[int, int] | None) -> str | None:
+        if capability is None or capability >= (8, 9):
+            return None
+        here = "{}.{}".format(*capability)
+        return f"products of float8 need compute capability 8.9; this GPU has {here}: float8wo or int8dq run on it"
+
+
+@dataclass(frozen=True)
+class Sparse(Scheme):
+    """What schemes have in common whose weights are 2:4: two of each 4 consecutive inputs of a channel keep theirs.
+
+    method: which two: see `Sparse24`. A scheme that also quantizes has the class of the other scheme behind this one.
+    """
+
+    method: str = "magnitude"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("method", METHODS)
+
+    def refuse(self, N: int, K: int) -> str | None:
+        return f"K = {K} is not a multiple of 4" if K % 4 else super().refuse(N, K)
+
+    @property
+    def calibrated(self) -> bool:
+        return self.method == "wanda" or super().calibrated
+
+
+@dataclass(frozen=True)
+class Sparse24(Sparse):
+    """Weights that are 2:4, in their own precision; linears that sparse products do not make faster stay dense.
+
+    method: which two of four weights stay: "magnitude", the largest; "wanda", those with the largest product of weight
+        and norm of the input, which needs calibrated statistics (`aograph.calibrate`).
+    """
+
+    preset: ClassVar[str] = "sparse24"
+
+
+@dataclass(frozen=True)
+class Int8DynamicSparse24(Sparse, Int8Dynamic):
+    """int8dq on weights that are 2:4.
+
+    method: as for sparse24.
+    algorithm: as for int8dq; mapping: as for int8dq; activation: as for int8dq.
+    """
+
+    preset: ClassVar[str] = "int8dq-sparse24"
+
+
+@dataclass(frozen=True)
+class Float8DynamicSparse24(Sparse, Float8Dynamic):
+    """float8dq on weights that are 2:4.
+
+    method: as for sparse24.
+    granularity: as for float8dq; with "block", products stay dense. activation: as for float8dq.
+    """
+
+    preset: ClassVar[str] = "float8dq-sparse24"
+
+
 def indivisible(K: int, group_size: int) -> str | None:
     """Why K inputs have no whole groups of that size, with the largest size that would fit; None if they have."""
     if K % group_size == 0:
@@ -112,4 +255,8 @@ def indivisible(K: int, group_size: int) -> str | None:
     return f"K = {K} is not divisible by the group size {group_size}" + (f" ({fits[-1]} would be)" if fits else "")
 
 
-PRESETS: dict[str, type[Scheme]] = {cls.preset: cls for cls in Scheme.__subclasses__()}
+def subclasses(cls: type[Scheme]) -> list[type[Scheme]]:
+    return [s for c in cls.__subclasses__() for s in (c, *subclasses(c))]
+
+
+PRESETS: dict[str, type[Scheme]] = {cls.preset: cls for cls in subclasses(Scheme) if "preset" in vars(cls)}

@@ -10,12 +10,12 @@ from torch.fx import Node
 
 from .errors import PassError
 from .kernels.op import OPS
+from .kernels.prune24 import prune24
 from .patterns.language import propagate
 from .program import Program, describe, expression
 
 # Operators whose result has sizes that only the data decide: a fresh propagation gives fresh symbols.
 DATA_DEPENDENT = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
-HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def verify(program: Program) -> None:
@@ -47,10 +47,11 @@ def verify(program: Program) -> None:
 
 
 def verify_call(node: Node) -> None:
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aograph":
-        x = node.all_input_nodes[0].meta["val"]
-        if x.dtype not in HALF_OR_FLOAT or node.target._schema.name.removeprefix("aograph::") not in OPS:
-            raise PassError(f"{node.format_node()}: {node.target} does not take {describe(x)}")
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aograph" and target is not prune24:
+        x, op = node.all_input_nodes[0].meta["val"], OPS.get(target._schema.name.removeprefix("aograph::"))
+        if op is None or x.dtype not in op.takes:
+            raise PassError(f"{node.format_node()}: {target} does not take {describe(x)}")
     values = tuple(n.meta.get("val") for n in (node, *node.all_input_nodes))
     seen = node.meta.get("verified")
     if seen is not None and seen[0] == (node.target, node.args, node.kwargs) and same_objects(seen[1], values):

@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from .errors import WeightError
 from .expression import Expression
+from .kernels.op import Packing
+from .kernels.prune24 import prune24
 from .program import Program, get_attribute, set_attribute
 from .report import Row
 
@@ -44,25 +46,42 @@ class Pack:
         return f"{self.kind}|{self.weight}"
 
     @torch.no_grad()
-    def run(self, weight: Tensor) -> tuple[tuple[Tensor, ...], float | None]:
-        """The packed tensors of a weight [N, K], and the relative error of the op on them (None: nothing is rounded).
+    def run(self, look_up: Callable[[str], Tensor]) -> tuple[tuple[Tensor, ...], float | None, str | None]:
+        """The packed tensors of the weight [N, K], the leaves of which `look_up(name)` gives; the relative error of the
+        op on them against the weight before it was pruned (None: nothing is rounded); and what its values tell.
 
         Raises `WeightError` if the weight, computed from finite values, is not finite.
         """
         if self.op is None:
-            return tuple(self.function(weight)), None
+            return tuple(self.function(self.weight.evaluate(look_up))), None, None
+        dense, *norms = self.weight.args if self.weight.target is prune24 else (self.weight,)
+        weight = dense.evaluate(look_up)
         if not all_finite(weight):
             raise WeightError(
                 f"the weight {self.weight} is computed from finite values, but holds NaN or inf; exclude it with "
                 f"the rule {self.rows[0].name}:none"
             )
-        packed = tuple(self.function(weight))
+        kept = weight if dense is self.weight else prune24(weight, *(each.evaluate(look_up) for each in norms))
+        note = "2:4 already" if kept is not weight and torch.equal(kept, weight) else None
+        packed = tuple(self.function(kept))
         generator = torch.Generator(weight.device).manual_seed(0)
         tokens = PROBE_TOKENS, weight.shape[1]
         x = torch.randn(tokens, generator=generator, device=weight.device, dtype=weight.dtype)
         expected = F.linear(x, weight).float()
         error = (self.op(x, packed).float() - expected).norm()
-        return packed, float(error / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
+        return packed, float(error / expected.norm().clamp_min(torch.finfo(torch.float32).tiny)), note
+
+    def prepare(self, packed: tuple[Tensor, ...]) -> None:
+        """Has the op make what it keeps besides the packed tensors, which are there, or were written."""
+        if isinstance(self.function, Packing):
+            self.function.op.prepare(*packed)
+
+    def report(self, error: float | None, note: str | None) -> None:
+        """Tells the rows what packing showed."""
+        for row in self.rows:
+            row.error = error
+            if note is not None and note not in row.notes:
+                row.notes.append(note)
 
 
 class Source(Protocol):
@@ -100,6 +119,7 @@ class WeightStore:
         self.kept: dict[str, Tensor] = {}  # unpacked, on the device
         self.packed: dict[str, tuple[Tensor, ...]] = {}  # by key
         self.errors: dict[str, float] = {}  # by key
+        self.notes: dict[str, str] = {}  # by key
         self.names: dict[str, Tensor] = {}  # all that programs refer to: the state
         self.lock = threading.RLock()
 
@@ -126,8 +146,7 @@ class WeightStore:
             for name in program.constants.keys() - used:  # another program has packed it
                 self.release(program, name)
             for pack in program.packs.values():
-                for row in pack.rows:
-                    row.error = self.errors.get(pack.key)
+                pack.report(self.errors.get(pack.key), self.notes.get(pack.key))
                 for name, tensor in zip(pack.names, self.packed[pack.key], strict=True):
                     self.publish(name, tensor)
                     set_attribute(program.graph_module, name, tensor)
@@ -186,10 +205,14 @@ class WeightStore:
 
         if self.source is not None and self.source.holds(pack.key):
             self.packed[pack.key], error = self.source.packed(pack.key)
+            note = None
         else:
-            self.packed[pack.key], error = pack.run(pack.weight.evaluate(leaf))
+            self.packed[pack.key], error, note = pack.run(leaf)
+        pack.prepare(self.packed[pack.key])
         if error is not None:
             self.errors[pack.key] = error
+        if note is not None:
+            self.notes[pack.key] = note
 
     def keep(self, program: Program, name: str) -> Tensor:
         """The unpacked tensor of a program, on the device."""

@@ -88,10 +88,8 @@ def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor
 
 @int8_linear.implementation("dequantize", supports=lambda case: True, standalone=True)
 def dequantize(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    N = q.shape[0]
+    if scale.dim() == 1:
+        return linear.matmul_by_channel(x, q, scale, bias)
     if linear.slow_half(x):
         return linear.in_fp32(dequantize, x, q, scale, bias)
-    if scale.dim() == 2 or x.dtype is torch.float16:  # in fp16, sums of unscaled codes would overflow
-        return linear.matmul_by_blocks(x, N, lambda rows: unpack(q[rows], scale[rows]).T, bias)
-    y = linear.matmul_by_blocks(x, N, lambda rows: q[rows].to(x.dtype).T)  # the codes are exact in bf16
-    return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale, out=y)
+    return linear.matmul_by_blocks(x, len(q), lambda rows: unpack(q[rows], scale[rows]).T, bias)

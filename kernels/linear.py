@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_native
+from .float8 import widen
 from .op import Case, Implementation, Op, capability, need
 
 TRITON = find_spec("triton") is not None  # imported at its first use only: that takes a while
@@ -104,14 +105,24 @@ def matmul_by_blocks(
     return y
 
 
+def matmul_by_channel(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] times (q * scale).T, plus bias: y [M, N]; q [N, K] of codes that bf16 holds, scale [N], by blocks."""
+    if slow_half(x):
+        return in_fp32(matmul_by_channel, x, q, scale, bias)
+    if x.dtype is torch.float16:  # sums of codes without their scale would overflow
+        return matmul_by_blocks(x, len(q), lambda rows: (widen(q[rows], x.dtype) * scale[rows, None]).T, bias)
+    y = matmul_by_blocks(x, len(q), lambda rows: widen(q[rows], x.dtype).T)
+    return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale, out=y)
+
+
 def slow_half(x: Tensor) -> bool:
     """Whether x is of a dtype that the device multiplies by far more slowly than fp32: fp16 on CPU."""
     return x.dtype is torch.float16 and x.device.type == "cpu"
 
 
 def in_fp32(function: Callable[..., Tensor], x: Tensor, *weight) -> Tensor:
-    """What function(x, *weight) gives, in x's dtype, computed with x and the float parts of the weight in fp32."""
-    wide = (each.float() if isinstance(each, Tensor) and each.is_floating_point() else each for each in weight)
+    """What function(x, *weight) gives, in x's dtype, computed with x and the weight's parts of that dtype in fp32."""
+    wide = (each.float() if isinstance(each, Tensor) and each.dtype is x.dtype else each for each in weight)
     return function(x.float(), *wide).to(x.dtype)
 
 

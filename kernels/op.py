@@ -26,7 +26,8 @@ class Case:
     device: "cpu", "cuda", "meta" …; dtype: of x; M: tokens, None when unknown; N: out features; K: in features;
     group_size: weights along K that share a scale, None for a whole row; capability: CUDA's (major, minor),
     None when unknown or not CUDA; of fused ops only: gated: the halves of the output are a gate and what it gates;
-    normed: x is normalized first.
+    normed: x is normalized first; of ops on quantized activations only, whose dtype is that of y: per_token: tokens
+    have scales of their own; shifted: x has a zero point.
     """
 
     device: str
@@ -38,6 +39,8 @@ class Case:
     capability: tuple[int, int] | None = None
     gated: bool = False
     normed: bool = False
+    per_token: bool = True
+    shifted: bool = False
 
 
 Supports = Callable[[Case], bool | str]
@@ -89,13 +92,17 @@ class Op:
     version: raised when the meaning or the packed layout changes; from 2 on it is part of the registered name,
     so that an artifact never runs with another meaning than the one it was saved with.
     usual_group_size: that of the cases which `availability` asks about.
+    takes: the dtypes that its first argument may have.
     """
+
+    takes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
 
     def __init__(self, schema: str, *, version: int = 1, usual_group_size: int | None = None):
         self.name, signature = schema[: schema.index("(")], schema[schema.index("(") :]
         self.version = version
         self.usual_group_size = usual_group_size
         self.implementations: list[Implementation] = []
+        self.prepare: Callable[..., None] = lambda *packed: None
         self.registered = self.name if version == 1 else f"{self.name}_v{version}"
         self.qualified_name = f"aograph::{self.registered}"
         torch.library.define(self.qualified_name, signature, tags=torch.Tag.pt2_compliant_tag)
@@ -113,9 +120,12 @@ class Op:
 
     # Declaration ------------------------------------------------------------------------------------------
 
-    def reference(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Decorator: the meaning of the op, on any device."""
-        self.oracle = Implementation("reference", function, lambda case: True, standalone=True)
+    def reference(self, function: Callable[..., Tensor], standalone: bool = True) -> Callable[..., Tensor]:
+        """Decorator: the meaning of the op, on any device.
+
+        standalone: False where an artifact had better call the op, and need this package, than hold what this does.
+        """
+        self.oracle = Implementation("reference", function, lambda case: True, standalone)
         return function
 
     def fake(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -131,6 +141,12 @@ class Op:
     def packing(self, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
         """Decorator: how a weight [N, K] becomes the packed arguments; other parameters are numbers or text."""
         self.pack = function
+        return function
+
+    def preparation(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Decorator: makes what implementations keep besides the packed arguments, once these are there, and brings it
+        up to date once they were written in place: never in a call, which a CUDA graph may not even make."""
+        self.prepare = function
         return function
 
     def implementation(self, name: str, *, supports: Supports, standalone: bool = False):

@@ -113,12 +113,12 @@ def chunks(weight: Tensor, multiple: int = 1) -> list[slice]:
     """
     N, K = weight.shape
     rows = max(CHUNK.get(weight.device.type, LARGE_CHUNK) // max(K, 1) // multiple, 1) * multiple
-    if _is_fake(weight):
+    if is_fake(weight):
         rows = max(N, 1)
     return [slice(start, min(start + rows, N)) for start in range(0, N, rows)]
 
 
-def _is_fake(weight: Tensor) -> bool:
+def is_fake(weight: Tensor) -> bool:
     """Whether a weight has a shape but no values; then shapes are all that can be asked for."""
     return weight.is_meta or isinstance(weight, FakeTensor)
 
@@ -133,7 +133,7 @@ def _by_chunks(weight: Tensor, spec: Spec, rounded: Callable[[Tensor], Rounded])
     q = weight.new_empty(N, K, dtype=torch.int8 if spec.symmetric else torch.uint8)
     scale = weight.new_empty(N, K // g)
     zero = None if spec.symmetric else torch.empty_like(scale)
-    for rows in [] if _is_fake(weight) else chunks(weight):
+    for rows in [] if is_fake(weight) else chunks(weight):
         found = rounded(weight[rows].float().unflatten(1, (K // g, g)))
         q[rows] = found.codes.add_(spec.middle).flatten(1)
         scale[rows] = found.scale.squeeze(2)
@@ -159,11 +159,11 @@ def _clipped(w: Tensor, span: tuple[Tensor, Tensor], spec: Spec, dtype: torch.dt
         low, high = low + clip, high - clip
         zero = (low + step * (ratio * down)).to(dtype).float()
     wanted = torch.maximum(high / up - zero / up, zero / down - low / down)  # reaches both ends from zero as stored
-    scale = _storable(wanted, dtype)
+    scale = storable(wanted, dtype)
     return Rounded((w - zero).div_(scale).round_().clamp_(-down, up), scale, zero)
 
 
-def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """A scale as `dtype` holds it, in fp32: never 0, and never too small for the largest code to reach.
 
     Below fp16's normal numbers rounding down can lose more than half a step; there the next number is one

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .op import capability
+
 PANEL = 64  # output channels of a panel of int4_linear's layout
 
 # Tiles by M: the first row whose M is not exceeded. m: tokens, n: output channels, k: step along K.
@@ -33,13 +35,25 @@ def store_tile(acc, bias, y, part, m, n, M, N, PARTS: tl.constexpr):
 
 
 @triton.jit
+def float8_bits(bits, dtype: tl.constexpr):
+    """The values of e4m3 codes, loaded as int8, in bf16 or fp16: exponent and mantissa are moved to where dtype has
+    them, and a product makes up for its other bias."""
+    shift: tl.constexpr = 7 if dtype == tl.float16 else 4
+    bias: tl.constexpr = 2.0**8 if dtype == tl.float16 else 2.0**120
+    wide = bits.to(tl.int16)  # the sign is where it belongs
+    moved = (wide & -0x8000) | ((wide & 0x7F) << shift)
+    return (moved.to(dtype, bitcast=True) * bias).to(dtype)
+
+
+@triton.jit
 def int8_kernel(
     x, q, scale, bias, y, M, N, K, k_per_part,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    FLOAT8_BITS: tl.constexpr = False,
 ):  # fmt: skip
-    """x [M, K], q [N, K] int8, scale [N] (GROUP 0) or [N, K/GROUP], bias [N] or None -> y.
+    """x [M, K], q [N, K] int8 or e4m3, scale [N] (GROUP 0) or [N, K/GROUP], bias [N] or None -> y.
 
-    BK divides GROUP, and GROUP K; grid (N / BN, M / BM, PARTS).
+    BK divides GROUP, and GROUP K; grid (N / BN, M / BM, PARTS). FLOAT8_BITS: q is e4m3, given as int8.
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -49,13 +63,14 @@ def int8_kernel(
     acc = tl.zeros([BN, BM], tl.float32)
     for start in range(part * k_per_part, min((part + 1) * k_per_part, K), BK):
         k = start + tl.arange(0, BK)
-        w = tl.load(q_rows + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0)
+        w = tl.load(q_rows + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
         a = tl.load(x_rows + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0)
+        codes = float8_bits(w, a.dtype) if FLOAT8_BITS else w.to(a.dtype)
         if GROUP == 0:
-            acc = tl.dot(w.to(a.dtype), a, acc)
+            acc = tl.dot(codes, a, acc)
         else:
             of_group = tl.load(scale + n.to(tl.int64) * (K // GROUP) + start // GROUP, mask=n < N, other=0)
-            acc += tl.dot(w.to(a.dtype), a) * of_group.to(tl.float32)[:, None]
+            acc += tl.dot(codes, a) * of_group.to(tl.float32)[:, None]
     if GROUP == 0:
         acc *= tl.load(scale + n, mask=n < N, other=0).to(tl.float32)[:, None]
     store_tile(acc, bias, y, part, m, n, M, N, PARTS)
@@ -142,6 +157,16 @@ def int8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     return _linear(int8_kernel, INT8_TILES, x, q, scale, bias, q.shape[0], group_size)
 
 
+def float8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x [M, K] bf16 or fp16, contiguous, M ≥ 1; the weight as `float8_linear` packs it -> y [M, N] in x's dtype.
+
+    GPUs below compute capability 8.9 do not convert e4m3: there the kernel does it by arithmetic on the bits.
+    """
+    if (capability(x.device) or (8, 0)) >= (8, 9):
+        return _linear(int8_kernel, INT8_TILES, x, q, scale, bias, q.shape[0], 0)
+    return _linear(int8_kernel, INT8_TILES, x, q.view(torch.int8), scale, bias, q.shape[0], 0, FLOAT8_BITS=True)
+
+
 def int4_linear(
     x: Tensor, q: Tensor, scale_zero: Tensor, group_size: int, out_features: int, bias: Tensor | None
 ) -> Tensor:
@@ -169,9 +194,9 @@ def largest(size: int | torch.SymInt) -> int:
 
 
 def _linear(
-    kernel, tiles, x: Tensor, q: Tensor, scales: Tensor, bias: Tensor | None, N: int, group_size: int
+    kernel, tiles, x: Tensor, q: Tensor, scales: Tensor, bias: Tensor | None, N: int, group_size: int, **constants: bool
 ) -> Tensor:
-    """group_size: 0 for one scale for each channel."""
+    """group_size: 0 for one scale for each channel. constants: more of the kernel's."""
     M, K = x.shape
     most = largest(M)
     _, BM, BN, BK, warps, stages = next(tile for tile in tiles if tile[0] >= most)
@@ -184,7 +209,7 @@ def _linear(
     with torch.cuda.device_of(x):
         launch(kernel)[*grid, parts](
             x, q, scales, bias, into, M, N, K, k_per_part,
-            GROUP=group_size, BM=BM, BN=BN, BK=BK, PARTS=parts, num_warps=warps, num_stages=stages,
+            GROUP=group_size, BM=BM, BN=BN, BK=BK, PARTS=parts, **constants, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if parts > 1:
             launch(add_parts_kernel)[triton.cdiv(M * N, 512),](into, bias, y, N, M * N, PARTS=parts, BLOCK=512)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -50,47 +50,70 @@ class Pass:
 class SchemePass(Pass):
     """Carries out one scheme at the sites to which the recipe gave it.
 
-    A technique says which `scheme`, and rewrites a site, mostly by `swap`. Sites that cannot take the scheme
-    (`Scheme.refuse`) do not get it.
+    A technique says which `scheme`, and rewrites a site, mostly by `swap`, or `swap_scaled` of `activation.py`. Sites
+    that cannot take the scheme (`Scheme.refuse`) do not get it.
     """
 
     stage = Stage.QUANTIZE
     scheme: ClassVar[type[Scheme]]
 
-    def rewrite(self, site: Site, program: Program) -> None:
+    def rewrite(self, site: Site, program: Program, context: Context) -> None:
         raise NotImplementedError
 
     def run(self, program: Program, context: Context) -> int:
-        sites = [site for site in program.sites if isinstance(site.scheme, self.scheme)]
+        sites = [site for site in program.sites if type(site.scheme) is self.scheme]
         for site in sites:
-            self.rewrite(site, program)
+            self.rewrite(site, program, context)
         return len(sites)
 
 
 def swap(program: Program, site: Site, packing: Packing, *rest: Any, group_size: int | None = None) -> None:
-    """Puts `op(x, *packed, *rest, bias)` in place of a linear, where `packed = packing(weight)`, of the packing's op.
+    """Puts `op(x, *packed, *rest, bias)`, of the packing's op, in place of a linear; `packed = packing(weight)`."""
+    op, x = packing.op, site.x
+    names = [argument.name for argument in op.overload._schema.arguments[1:]]
+    replace_linear(
+        program, site, packing, names,
+        arguments=lambda packed, bias: (x, *packed, *rest, bias),
+        probe=lambda x, packed: op(x, *packed, *rest, None),
+        group_size=group_size,
+    )  # fmt: skip
 
-    Here the packing sees only a fake weight, for shapes; the weight store runs it. Sites with the same weight and
-    the same scheme share what is packed.
+
+def replace_linear(
+    program: Program,
+    site: Site,
+    packing: Packing,
+    names: Sequence[str],
+    arguments: Callable[[Sequence[Node], Node | None], tuple],
+    probe: Callable[[Tensor, Sequence[Tensor]], Tensor],
+    **about: Any,
+) -> None:
+    """Puts `op(*arguments(packed, bias))`, of the packing's op, in place of a linear; `packed = packing(weight)`.
+
+    names: of what is packed. probe(x, packed): what the op makes of x, without bias, for the error in the report.
+    about: what the case that the report asks about says besides sizes and dtype.
+
+    Here the packing sees only a fake weight, for shapes; the weight store runs it. Sites with the same weight, the same
+    scheme and the same other settings share what is packed.
     """
     op, weight, like = packing.op, Expression.of(site.weight), site.weight.meta["val"]
     dtype, on = site.x.meta["val"].dtype, like.device
-    case = Case(on.type, dtype, None, site.N, site.K, group_size, capability(on))  # before the site has a packed weight
-    kind = f"{op.name}|{site.scheme}"
+    case = Case(on.type, dtype, None, site.N, site.K, capability=capability(on), **about)
+    own = [f"{k}={v}" for k, v in packing.settings.items() if k not in site.scheme.parameters() and v is not None]
+    kind = "|".join([op.name, str(site.scheme), *own])
     key = f"{kind}|{weight}"
     with like.fake_mode:
         fakes = packing(like)
     if key not in program.packs:
-        fields = [a.name for a in op.overload._schema.arguments[1 : 1 + len(fakes)]]
-        names = constant_names(program, weight.leaves, fields)
-        program.packs[key] = Pack(kind, weight, packing, names, lambda x, packed: op(x, *packed, *rest, None), [])
+        filled = constant_names(program, weight.leaves, names[: len(fakes)])
+        program.packs[key] = Pack(kind, weight, packing, filled, probe, [])
     pack = program.packs[key]
     pack.rows += site.rows
 
-    old, x, bias = site.node, site.x, site.bias
+    old, bias = site.node, site.bias
     constants = packed_nodes(program, pack, fakes, old)
     with program.graph.inserting_before(old):
-        site.node = program.graph.call_function(op.overload, (x, *constants, *rest, bias))
+        site.node = program.graph.call_function(op.overload, arguments(constants, bias))
 
     before, after = nbytes(like), sum(map(nbytes, fakes))
     for row in site.rows:
@@ -113,7 +136,7 @@ def packed_nodes(program: Program, pack: Pack, fakes: Sequence[Tensor], before: 
     return nodes
 
 
-def constant_names(program: Program, leaves: list[str], fields: list[str]) -> tuple[str, ...]:
+def constant_names(program: Program, leaves: list[str], fields: Sequence[str]) -> tuple[str, ...]:
     """Free names for packed tensors: those of their weights, with the field's name at the end.
 
     `a.q_proj.weight` and `a.k_proj.weight` together become `a.q_proj_k_proj.weight`.

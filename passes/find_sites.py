@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..expression import Expression
+from ..kernels.op import capability
 from ..patterns.language import Miss, arguments, constant, match, packet
 from ..patterns.linear import LINEAR, MATMULS, underlying, weight_operands
 from ..predicate import Shape
@@ -41,7 +42,7 @@ class FindSites(Pass):
                     program.sites.append(Site(node, [row]))
         context.recipe.check_selectors(program.rows)
         for site in program.sites:
-            self.decide(program, site, context.recipe)
+            self.decide(program, site, context)
         return len(program.sites)
 
     def row(self, program: Program, node: Node, weight: Node, found) -> Row:
@@ -82,10 +83,11 @@ class FindSites(Pass):
                         row.close(NEAR_MISS, f"inside {node.target}, which passes do not enter")
                         yield row
 
-    def decide(self, program: Program, site: Site, recipe) -> None:
+    def decide(self, program: Program, site: Site, context) -> None:
         (row,) = site.rows
-        decision = recipe.decide(row)
-        open_rules = recipe.undecided(row)
+        decision = context.recipe.decide(row)
+        open_rules = context.recipe.undecided(row)
+        leaves = Expression.of(site.weight).leaves
         if open_rules:
             row.notes.append(f"rule {open_rules} is undecided for M = {row.shape.M}")
         if decision is None:
@@ -102,6 +104,12 @@ class FindSites(Pass):
             row.close(SKIPPED, f"its weight is used elsewhere in another role ({role})")
         elif reason := decision[1].scheme.refuse(site.N, site.K):
             row.close(NEAR_MISS, reason)
+        elif reason := decision[1].scheme.unsupported(capability(site.weight.meta["val"].device)):
+            row.close(SKIPPED, reason)
+        elif site.node.meta.get("grad") and not decision[1].scheme.differentiable:
+            row.close(SKIPPED, f"gradients are recorded, and {decision[1].scheme.preset} has none: use torch.no_grad()")
+        elif decision[1].scheme.calibrated and not context.statistics.keys() >= set(leaves):
+            row.close(SKIPPED, "needs calibrated statistics: aograph.calibrate(model, recipe, batches)")
         else:
             site.scheme = decision[1].scheme
 

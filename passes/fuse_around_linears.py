@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from ..kernels.fused_linear import FUSED, FusedLinearOp
 from ..kernels.op import Case
-from ..patterns.language import Any, Builder, Match, P, Rule, arguments, inherit, rewrite, views_of, written
+from ..patterns.language import Any, Builder, Match, P, Rule, arguments, inherit, rewrite, stays
 from ..patterns.norm import RMS_NORMS, either_way, epsilon
 from ..program import Program
 from .base import Pass, Stage
@@ -85,12 +85,6 @@ def possible(m: Match, y: Node, *reads: Node, **more: bool) -> bool:
         and takes(op, replace(case, **more))
         and all(map(stays, (*y.all_input_nodes, *reads)))
     )
-
-
-def stays(node: Node) -> bool:
-    """Whether nothing writes what a node holds, through whatever view."""
-    sources = [source for source in node.all_input_nodes if node in views_of(source)]
-    return written(node) is None and all(map(stays, sources))
 
 
 def alone(m: Match) -> bool:

@@ -29,8 +29,8 @@ from torch.fx import Graph, Node
 
 __all__ = [
     "Any", "Builder", "Match", "Maybe", "Miss", "P", "Rule", "Weight",
-    "arguments", "constant", "fake_mode", "inherit", "match", "mutates", "packet", "propagate", "rewrite", "views_of",
-    "written",
+    "arguments", "constant", "fake_mode", "inherit", "match", "mutates", "packet", "propagate", "rewrite", "stays",
+    "views_of", "written",
 ]  # fmt: skip
 
 
@@ -101,6 +101,12 @@ def written(node: Node) -> Node | None:
                 return user
         stack += views_of(current)
     return None
+
+
+def stays(node: Node) -> bool:
+    """Whether nothing writes what a node holds, through whatever view."""
+    sources = [source for source in node.all_input_nodes if node in views_of(source)]
+    return written(node) is None and all(map(stays, sources))
 
 
 def constant(value: Value) -> bool:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import aograph
 from aograph import Recipe
 from aograph.cli import main
+from aograph.recipe import SHIPPED
 from aograph.schemes import PRESETS
 from tests.models.zoo import MINI
 from tests.small_models import MLP
@@ -134,7 +135,7 @@ def test_export(capsys, tmp_path):
 def test_recipes(capsys):
     assert main(["recipes"]) == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in PRESETS) and "group_size=64" in printed
+    assert all(name in printed for name in [*PRESETS, *SHIPPED]) and "group_size=64" in printed
 
 
 def test_env(capsys, monkeypatch, tmp_path):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from aograph.expression import Expression
+from aograph.expression import Expression, Literal
 from tests.programs import find, program_of
 
 X = torch.randn(3, 8)
@@ -29,6 +29,14 @@ def test_an_expression_computes_what_the_graph_does(function, text, leaves):
     assert torch.equal(expression.evaluate(WEIGHTS.__getitem__), function(model))
     assert expression.leaves == leaves
     assert text is None or str(expression) == text
+
+
+def test_a_literal_is_known_by_its_content():
+    one, same, other = (Literal(torch.tensor(values)) for values in ([1.0, 2], [1.0, 2], [1.0, 3]))
+    assert str(one) == str(same) != str(other) and str(one).startswith("torch.float32[2]#") and one.leaves == []
+    scaled = Expression(torch.ops.aten.mul.Tensor, (Expression("a"), one))
+    assert scaled.leaves == ["a"] and str(one) in str(scaled)
+    assert scaled.evaluate({"a": torch.ones(3, 2)}.__getitem__).tolist() == [[1, 2]] * 3
 
 
 def test_the_text_is_the_identity():

@@ -9,7 +9,17 @@ from aograph.kernels.rounding import ALGORITHMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aograph import Int4WeightOnly, Int8WeightOnly, Keep, Recipe, RecipeError, Rule
+from aograph import (
+    Int4WeightOnly,
+    Int8Dynamic,
+    Int8DynamicSparse24,
+    Int8WeightOnly,
+    Keep,
+    Recipe,
+    RecipeError,
+    Rule,
+    Sparse24,
+)
 from aograph.predicate import Shape
 from aograph.statistics import LinearStatistics
 
@@ -41,10 +51,39 @@ class Candidate:
         ("int4wo + *.mlp.*:none", [Rule(Int4WeightOnly()), Rule(Keep(), name="*.mlp.*")]),
         (r"re:.*layers\.0\..*:none", [Rule(Keep(), name=r"re:.*layers\.0\..*")]),
         ("a:int8wo(algorithm=mse)", [Rule(Int8WeightOnly("mse"), name="a")]),
+        ("int8dq-sparse24(method=wanda)", [Rule(Int8DynamicSparse24(method="wanda"))]),
     ],
 )
 def test_strings(text, rules):
     assert Recipe.of(text).rules == tuple(rules)
+
+
+def test_a_recipe_that_is_shipped_composes():
+    rules = Recipe.of("vit").rules
+    assert [rule.scheme for rule in rules] == [Int8Dynamic(), Int8DynamicSparse24(), Sparse24()]
+    assert Recipe.of(" vit + head:int8wo").rules == (*rules, Rule(Int8WeightOnly(), name="head"))
+    assert Recipe.from_toml(Recipe.of("vit").to_toml()) == Recipe.of("vit")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "head"],  # timm
+        ["encoder.layers.0.attn.qkv", None, "encoder.layers.0.mlp.lin1", "encoder.layers.0.mlp.lin2"],  # SAM
+        ["encoder.layers.encoder_layer_0.self_attention.in_proj_weight", None, "encoder.layers.encoder_layer_0.mlp.0",
+         "encoder.layers.encoder_layer_0.mlp.3", "heads.head"],
+        ["vit.encoder.layer.0.attention.attention.query", "vit.encoder.layer.0.attention.output.dense",
+         "vit.encoder.layer.0.intermediate.dense", "vit.encoder.layer.0.output.dense", "pooler.dense"],
+        ["layers.0.self_attn.in_proj_weight", "layers.0.self_attn.out_proj", "layers.0.linear1", "layers.0.linear2"],
+        ["blocks.0.attn.qkv", None, "blocks.0.mlp.w12", "blocks.0.mlp.w3", "patch_embed.proj"],
+    ],
+)  # fmt: skip
+def test_the_recipe_for_vits_knows_their_names(names):
+    expected = ["int8dq", "int8dq", "int8dq-sparse24", "sparse24", None]
+    for name, wanted in zip(names, expected, strict=False):
+        if name is not None:
+            found = Recipe.of("vit").decide(Candidate(name))
+            assert (str(found[1].scheme) if found else None) == wanted, name
 
 
 @pytest.mark.parametrize(

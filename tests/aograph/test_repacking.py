@@ -3,11 +3,12 @@ import operator
 
 import pytest
 import torch
+from aograph.kernels.prune24 import prune24
 from torch import nn
 
 import aograph
 from aograph import ArtifactError, InputError
-from aograph.expression import Expression
+from aograph.expression import Expression, Literal
 from aograph.repacking import function, new_weights, originals_as_data, packs_as_data, read, written
 from tests.small_models import MLP, Tied
 
@@ -44,7 +45,9 @@ class Merged(nn.Module):
     "make, inputs",
     [(MLP, (torch.randn(3, 64),)), (Merged, (torch.randn(3, 64),)), (Tied, (torch.arange(12).view(2, 6),))],
 )
-@pytest.mark.parametrize("recipe", ["int8wo", "int8wo(group_size=32)", "int4wo(group_size=32)"])
+@pytest.mark.parametrize(
+    "recipe", ["int8wo", "int8wo(group_size=32)", "int4wo(group_size=32)", "sparse24", "int8dq-sparse24"]
+)
 def test_new_weights_become_what_packing_the_new_model_gives(make, inputs, recipe):
     torch.manual_seed(1)
     new = make()
@@ -93,8 +96,11 @@ def test_expressions_go_through_json():
     split = Expression(operator.getitem, (Expression(aten.split_with_sizes.default, (cat, [1, 4])), 1))
     cast = Expression(aten.to.dtype, (split, torch.float64))
     tensors = {"a": torch.randn(2, 3), "b": torch.randn(3, 3)}
-    found = read(json.loads(json.dumps(written(cast))), tensors.__getitem__)
-    torch.testing.assert_close(found, cast.evaluate(tensors.__getitem__), rtol=0, atol=0)
+    kept = Expression(prune24, (Expression("c"), Literal(torch.rand(8))))
+    tensors["c"] = torch.randn(3, 8)
+    for each in (cast, kept):
+        found = read(json.loads(json.dumps(written(each))), tensors.__getitem__)
+        torch.testing.assert_close(found, each.evaluate(tensors.__getitem__), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +111,7 @@ def test_expressions_go_through_json():
         "prims.add.default",
         "aten.nothing.default",
         "aten.__class__.mro",
+        "aograph.int8_linear.default",
         "",
     ],
 )

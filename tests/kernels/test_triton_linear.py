@@ -16,7 +16,7 @@ INTERPRETED = """
 import torch
 from triton.runtime import interpreter
 
-from aograph.kernels import int4_linear, int8_linear, triton_linear
+from aograph.kernels import float8_linear, int4_linear, int8_linear, triton_linear
 
 patch = interpreter._patch_lang_tensor  # which in Triton 3.6 takes an int of a 1-element array: NumPy 2.4 refuses
 
@@ -39,11 +39,20 @@ for M, N, K, g in [(1, 70, 1024, 64), (17, 65, 128, 32), (33, 3, 512, 256)]:
     exact8g = in_groups.double() * scales.double().repeat_interleave(g, 1)
     y8g = triton_linear.int8_linear(x, in_groups, scales, bias)
     y4 = triton_linear.int4_linear(x, codes, pairs, g, N, bias)
-    for y, exact in (y8, exact8), (y8g, exact8g), (y4, exact4):
+    e4m3, channels = float8_linear.pack(weight)
+    exactf = e4m3.double() * channels.double()[:, None]
+    yf = triton_linear.float8_linear(x, e4m3, channels, bias)  # here, as below 8.9, by its bits
+    for y, exact in (y8, exact8), (y8g, exact8g), (y4, exact4), (yf, exactf):
         expected = x.double() @ exact.T + bias.double()
         assert (y - expected).norm() <= 2e-3 * expected.norm(), (M, N, K, g)
     transposed = triton_linear.int4_transposed(codes, pairs, g)
     torch.testing.assert_close(transposed.T[:N].double(), exact4, rtol=1e-3, atol=1e-6)
+codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+codes = codes[~codes.float().isnan()]
+for part in codes.split(16):  # every code by itself
+    rows = torch.eye(len(part)).half()
+    y = triton_linear.float8_linear(rows, part[None], torch.ones(1).half(), None)
+    assert torch.equal(y.flatten().float(), part.float()), part
 x, q, scale = torch.randn(3, 33).half(), torch.ones(5, 33, dtype=torch.int8), torch.ones(5).half()
 y = triton_linear.int8_linear(x, q, scale, None)
 torch.testing.assert_close(y, x.sum(1, keepdim=True).expand(3, 5), rtol=2e-3, atol=1e-2)
@@ -57,7 +66,7 @@ def test_what_they_compute():
     assert done.returncode == 0, done.stderr
 
 
-def kernels(dtype: str, parts: int):
+def kernels(architecture: int, dtype: str, parts: int):
     """Each kernel as it is launched: its argument types and constants, warps and stages."""
     from aograph.kernels import triton_linear as t
 
@@ -66,8 +75,11 @@ def kernels(dtype: str, parts: int):
     for g in (0, 32) if parts > 1 else (0, 256):
         for _, BM, BN, BK, warps, stages in t.INT8_TILES:
             types = {"x": dtype, "q": "*i8", "scale": dtype, "bias": bias, "y": y, **sizes}
-            constants = {"GROUP": g, "BM": BM, "BN": BN, "BK": min(BK, g or BK), "PARTS": parts}
+            constants = {"GROUP": g, "BM": BM, "BN": BN, "BK": min(BK, g or BK), "PARTS": parts, "FLOAT8_BITS": False}
             yield t.int8_kernel, types, constants, warps, stages
+            if g == 0:
+                float8 = {"q": "*fp8e4nv"} if architecture >= 89 else {}
+                yield t.int8_kernel, types | float8, constants | {"FLOAT8_BITS": not float8}, warps, stages
     for _, BM, BN, BK, warps, stages in t.INT4_TILES:
         g = 64 if parts > 1 else 32
         types = {"x": dtype, "q": "*u8", "scale_zero": dtype, "bias": bias, "y": y, **sizes}
@@ -84,7 +96,7 @@ def test_they_compile(architecture, dtype, parts):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    for kernel, types, constants, warps, stages in kernels(dtype, parts):
+    for kernel, types, constants, warps, stages in kernels(architecture, dtype, parts):
         constants |= {name: None for name, type_ in types.items() if type_ is None}
         signature = {name: types.get(name) or "constexpr" for name in kernel.arg_names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in types}
