@@ -170,7 +170,7 @@ def run(
 
     x [M, K] int8, float8_e4m3fn or, for sparse weights, of `dtype`, contiguous, M ≥ 1; x_scale fp32 and x_zero int32,
     of M tokens or of one for all; q [N, K] of x's dtype or, where sparse, [N, K/2], with indices [N, K/8] uint8; scale
-    [N]; sums [N] int32, where there is an x_zero; bias [N] of `dtype`. What is None counts as 1 or 0.
+    [N] or [1]; sums [N] int32, where there is an x_zero; bias [N] of `dtype`. What is None counts as 1 or 0.
     dependent: whether it may start before the kernel ahead of it has ended.
     """
     (M, K), N, sparse = x.shape, q.shape[0], indices is not None
@@ -185,8 +185,8 @@ def run(
     with torch.cuda.device_of(x):
         matrices = _boxes(plan, x.data_ptr(), q.data_ptr(), indices.data_ptr() if sparse else 0, M, N, K, x.itemsize)
         of_y = y if plan.share > 1 else cuda.boxes(y.data_ptr(), (M, N), 2, (min(plan.tokens, AWAY), 64), swizzle=128)
-        step = int(x_scale is not None and x_scale.numel() > 1)
-        rest = x_scale, x_zero, scale, sums, bias, of_y, step, M, N, K
+        steps = (int(part is not None and part.numel() > 1) for part in (x_scale, scale))
+        rest = x_scale, x_zero, scale, sums, bias, of_y, *steps, M, N, K
         compiled((blocks, 1, 1), plan.threads, (*matrices, *rest), shared=shared, cluster=cluster, dependent=dependent)
     return y
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import float8
+from . import cuda_scaled_linear, float8
 from .float8 import FLOAT8, widen
 from .linear import matmul_by_blocks
 from .op import Case, need
@@ -108,6 +108,11 @@ def with_bias(product: Callable[[Tensor | None], Tensor], bias: Tensor | None, d
 def dense(x: Tensor) -> Tensor:
     """A contiguous x [M, K] with the stride of its rows, which a single row may lack."""
     return x.view(-1).view(x.shape)
+
+
+@float8_scaled_linear.implementation("cuda", supports=lambda case: cuda_scaled_linear.supports(case, FLOAT8))
+def _(x, x_scale, q, scale, bias, dtype):
+    return cuda_scaled_linear.linear(x, q, scale, bias, dtype, x_scale=x_scale)
 
 
 @float8_scaled_linear.implementation("cublaslt", supports=cublaslt_rows, standalone=True)

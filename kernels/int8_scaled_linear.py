@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu_native, int8_linear
+from . import cpu_native, cuda_scaled_linear, int8_linear
 from .op import Case, need
 from .scaled_linear import ScaledLinearOp, scaled
 
@@ -73,6 +73,11 @@ def native(case: Case) -> bool | str:
 @int8_scaled_linear.implementation("native", supports=native)
 def _(x, x_scale, x_zero, q, scale, sums, bias, dtype):
     return cpu_native.int8_scaled_linear(x, x_scale, x_zero, q, scale, sums, bias, dtype)
+
+
+@int8_scaled_linear.implementation("cuda", supports=lambda case: cuda_scaled_linear.supports(case, torch.int8))
+def _(x, x_scale, x_zero, q, scale, sums, bias, dtype):
+    return cuda_scaled_linear.linear(x, q, scale, bias, dtype, x_scale=x_scale, x_zero=x_zero, sums=sums)
 
 
 def int_mm(case: Case) -> bool | str:

@@ -117,13 +117,13 @@ __device__ __forceinline__ int fresh(const int* p) {
   return v;
 }
 
-struct Scales { // of tokens and channels; all but `bias` are null where there are none
-  const float* x; // of each token or, with a step of 0, one
+struct Scales { // of tokens and channels; null where there are none
+  const float* x;
   const int* zero;
   const Scale* q;
   const int* sums; // of the codes of each channel
   const u16* bias;
-  int step;
+  int x_step, q_step; // 1 where each token has its scale and zero point, and each channel its scale; 0 where all share one
 };
 struct Token {
   float scale;
@@ -134,13 +134,13 @@ struct Channel {
   int sum;
 };
 __device__ __forceinline__ Token token_of(const Scales& s, int m) {
-  return {s.x ? fresh(s.x + m * s.step) : 1, s.zero ? fresh(s.zero + m * s.step) : 0};
+  return {s.x ? fresh(s.x + m * s.x_step) : 1, s.zero ? fresh(s.zero + m * s.x_step) : 0};
 }
 __device__ __forceinline__ Token of_another(Token m, int lane) {
   return {__shfl_sync(~0u, m.scale, lane), KIND == 0 ? __shfl_sync(~0u, m.zero, lane) : 0};
 }
 __device__ __forceinline__ Channel channel_of(const Scales& s, int n) {
-  return {s.q ? of_scale(s.q[n]) : 1, s.bias ? to_float(s.bias[n]) : 0, s.zero ? s.sums[n] : 0};
+  return {s.q ? of_scale(s.q[n * s.q_step]) : 1, s.bias ? to_float(s.bias[n]) : 0, s.zero ? s.sums[n] : 0};
 }
 __device__ __forceinline__ float scaled(NUMBER sum, Token m, Channel n) {
 #if KIND == 0
@@ -173,9 +173,10 @@ scaled_linear(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q
               const __grid_constant__ Matrix indices,
 #endif
               const float* __restrict__ x_scale, const int* __restrict__ x_zero, const Scale* __restrict__ q_scale,
-              const int* __restrict__ q_sums, const u16* __restrict__ bias, RESULT y, int x_step, int M, int N, int K) {
+              const int* __restrict__ q_sums, const u16* __restrict__ bias, RESULT y, int x_step, int q_step, int M,
+              int N, int K) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32 % 4, g = lane / 4, t = lane % 4;
-  const Scales scales = {x_scale, x_zero, q_scale, q_sums, bias, x_step};
+  const Scales scales = {x_scale, x_zero, q_scale, q_sums, bias, x_step, q_step};
   const int blocks = SPLIT ? cluster_size() : NEIGHBOURS, rank = blockIdx.x % blocks;
   const int all_steps = (K + STEP - 1) / STEP;
   const int begin = SPLIT ? all_steps * rank / blocks : 0, end = SPLIT ? all_steps * (rank + 1) / blocks : all_steps;

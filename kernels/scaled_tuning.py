@@ -1,8 +1,8 @@
 """Measures which plan of `scaled_linear.cu` is fastest for a shape, and whether what stands against it is faster.
 
-As tuning.py does: every candidate is checked, then timed in a CUDA graph whose calls read other copies of the weight. The
-products alone are timed, of quantized activations. Against them stand cuBLASLt for float8; the plain linear for sparse half
-precision; for other sparse weights the dense product of the same codes.
+As tuning.py does: every candidate is checked, then timed in a CUDA graph whose calls read other copies of the weight.
+The products alone are timed, of quantized activations. Against them stand cuBLASLt for float8; the plain linear for
+sparse half precision; for other sparse weights the dense product of the same codes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -115,7 +115,8 @@ def fastest(
         fitting = [plan for plan in candidates(codes, sparse, most) if plan.fits(N, K, codes.itemsize, sparse)]
         tried = [plan for plan in fitting if worthwhile(plan, N, K, M, codes.itemsize)]
         compile_all(tried, codes, sparse, made)
-        times = [(math, i, plan) for i, (math, plan) in enumerate(measured(codes, sparse, made, y, tried, each))]
+        found = enumerate(measured(codes, sparse, made, y, tried, each))
+        times = [(microseconds, i, plan) for i, (microseconds, plan) in found]
         chosen.append(min(times)[2])
     return chosen
 

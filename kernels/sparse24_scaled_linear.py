@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import cusparselt
+from . import cuda_scaled_linear, cusparselt
 from .float8 import FLOAT8
 from .float8_scaled_linear import float8_scaled_linear
 from .int8_scaled_linear import int8_scaled_linear, shifted
@@ -41,6 +41,9 @@ class SparseScaledLinearOp(ScaledLinearOp):
         self.packing(self.compressed)
         self.preparation(lambda values, indices, *_: cusparselt.prepare(self, values, indices))
         self.reference(partial(self.densely, base.oracle.function), standalone=False)
+        self.implementation(
+            "cuda", supports=lambda case: cuda_scaled_linear.supports(case, self.takes[0], sparse=True)
+        )(self.fused)
         self.implementation("cusparselt", supports=self.supports)(self.sparsely)
         self.implementation("dequantize", supports=lambda case: True)(partial(self.densely, base.run))
 
@@ -63,6 +66,13 @@ class SparseScaledLinearOp(ScaledLinearOp):
     def densely(self, function: Callable[..., Tensor], *args) -> Tensor:
         values, indices = args[self.at : self.at + 2]
         return function(*args[: self.at], decompress(values, indices), *args[self.at + 2 :])
+
+    def fused(self, *args) -> Tensor:
+        given = dict(zip(self.names, args, strict=True))
+        rest = {name: given.get(name) for name in ("indices", "x_scale", "x_zero", "sums")}
+        return cuda_scaled_linear.linear(
+            given["x"], given["values"], given["scale"], given["bias"], given["dtype"], **rest
+        )
 
     def supports(self, case: Case) -> bool | str:
         here = need((case.group_size is None, "cuSPARSELt has no scales of blocks"))
