@@ -1,8 +1,9 @@
-"""Weight-only int8 and int4 linear layers on the CPU, compiled at first use by the machine's own C++ compiler.
+"""Linear layers on int8 and int4 weights on the CPU, compiled at first use by the machine's own C++ compiler.
 
-The source is ``cpu_native.cpp``. Its build is kept in the folder of ``cache.py``, named by the source, the flags, the
-compiler and the processor, so that a folder shared by several machines serves each its own build. A machine without
-a compiler is no error: ``available()`` then says why, in one sentence.
+The sources are ``cpu_native.cpp``, for x in its own precision, and ``cpu_scaled.cpp``, for x in int8. Their build is
+kept in the folder of ``cache.py``, named by the sources, the flags, the compiler and the processor, so that a folder
+shared by several machines serves each its own build. A machine without a compiler is no error: ``available()`` then
+says why, in one sentence.
 """
 
 import contextlib
@@ -20,9 +21,10 @@ import torch
 
 from . import cache
 
-__all__ = ["available", "int8_linear", "int4_linear"]
+__all__ = ["available", "int8_linear", "int4_linear", "int8_scaled_linear"]
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu_native.cpp", "cpu_scaled.cpp")]
+HEADER = Path(__file__).with_suffix(".h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GROUPS = (32, 64, 128, 256)
@@ -106,22 +108,84 @@ def int4_linear(
     return _run("int4_linear", x, x.new_empty(m, out_features), k, bias, *weight)
 
 
+def int8_scaled_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    x_zero: torch.Tensor | None,
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    sums: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``((x - x_zero) @ q.T) * x_scale * scale + bias``, summed exactly in int32, then in fp32.
+
+    Args:
+        x: int8 [M, K]; any M and K.
+        x_scale: fp32, [M, 1], or one element for all rows.
+        x_zero: int32, as x_scale, or None for 0.
+        q: int8 [N, K]; any N.
+        scale: [N] in fp32, bf16 or fp16.
+        sums: int32 [N], of the rows of q; needed where there is an x_zero.
+        bias: [N], or None.
+        dtype: of the result: fp32, bf16 or fp16.
+
+    Returns:
+        [M, N] in dtype. A row whose x_scale is NaN is NaN.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, device or is not contiguous.
+        RuntimeError: the kernels are not available here.
+    """
+    _check(x, "x", (None, None), (torch.int8,))
+    m, k = x.shape
+    n = q.shape[0]
+    _check(q, "q", (n, k), (torch.int8,))
+    _check(scale, "scale", (n,), DTYPES)
+    for part, name, of in ((x_scale, "x_scale", torch.float32), (x_zero, "x_zero", torch.int32)):
+        if part is not None:
+            _check(part.view(-1), name, (m if part.dim() == 2 else 1,), (of,))
+    if x_zero is not None:
+        _check(sums, "sums", (n,), (torch.int32,))
+    wide = _wide(bias, n)
+    y = x.new_empty(m, n, dtype=dtype)
+    if y.numel():
+        strides = [int(part is not None and part.dim() == 2) for part in (x_scale, x_zero)]
+        each = _pointer(x_scale), strides[0], _pointer(x_zero), strides[1]
+        weight = q.data_ptr(), scale.data_ptr(), DTYPES[scale.dtype], _pointer(sums)
+        _call("int8_scaled_linear", x.data_ptr(), m, n, k, *each, *weight, _pointer(wide), y.data_ptr(), DTYPES[dtype])
+    return y
+
+
 def _run(name: str, x: torch.Tensor, y: torch.Tensor, k: int, bias: torch.Tensor | None, *weight: int) -> torch.Tensor:
     """Calls the kernel that fills y [M, N]; ``weight`` is what its signature names between k and bias."""
+    m, n = y.shape
+    bias = _wide(bias, n)
+    if not y.numel() or not k:
+        return y.zero_() if bias is None else y.copy_(bias.expand(m, n))
+    _call(name, x.data_ptr(), DTYPES[x.dtype], m, n, k, *weight, _pointer(bias), y.data_ptr())
+    return y
+
+
+def _wide(bias: torch.Tensor | None, n: int) -> torch.Tensor | None:
+    """A bias [n] in fp32."""
+    if bias is None:
+        return None
+    _check(bias, "bias", (n,), DTYPES)
+    return bias.float()
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _call(name: str, *arguments: int | None) -> None:
+    """Runs a kernel on all threads that torch uses."""
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(library)
-    m, n = y.shape
-    if bias is not None:
-        _check(bias, "bias", (n,), DTYPES)
-        bias = bias.float()
-    if not y.numel() or not k:
-        return y.zero_() if bias is None else y.copy_(bias.expand(m, n))
-    pointer = None if bias is None else bias.data_ptr()
-    threads = torch.get_num_threads()
-    if getattr(library, name)(x.data_ptr(), DTYPES[x.dtype], m, n, k, *weight, pointer, y.data_ptr(), threads):
+    if getattr(library, name)(*arguments, torch.get_num_threads()):
         raise MemoryError(f"{name} found no memory for its workspace")
-    return y
 
 
 def _check(tensor: torch.Tensor, name: str, shape: tuple[int | None, ...], dtypes: object) -> None:
@@ -141,7 +205,9 @@ def _library() -> ctypes.CDLL | str:
         return compiler
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=TIMEOUT, check=True).stdout
-        path = cache.entry("cpu_native.so", SOURCE.read_bytes(), compiler, FLAGS, version, _processor())
+        path = cache.entry(
+            "cpu_native.so", *(each.read_bytes() for each in (*SOURCES, HEADER)), compiler, FLAGS, version, _processor()
+        )
         with contextlib.suppress(OSError):  # not writable, or mounted so that nothing there may be loaded
             return _load(compiler, path)
         with tempfile.TemporaryDirectory(prefix="aograph-") as folder:  # a loaded library outlives its file
@@ -180,7 +246,7 @@ def _load(compiler: list[str], path: Path) -> ctypes.CDLL:
         return _declare(ctypes.CDLL(str(path)))
     except (OSError, AttributeError):
         with cache.written_whole(path) as partial:
-            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(partial)]
+            command = [*compiler, *FLAGS, *map(str, SOURCES), "-o", str(partial)]
             subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=True)
     return _declare(ctypes.CDLL(str(path)))
 
@@ -190,4 +256,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     head, tail = [pointer, *[number] * 4], [pointer, pointer, ctypes.c_int]
     for function in (library.int8_linear, library.int4_linear):
         function.argtypes = [*head, pointer, pointer, number, number, *tail]
+    scales = [pointer, number, pointer, number]
+    rest = [pointer, pointer, number, pointer, pointer, pointer, number, ctypes.c_int]
+    library.int8_scaled_linear.argtypes = [pointer, number, number, number, *scales, *rest]
     return library

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import int8_linear
+from . import cpu_native, int8_linear
 from .op import Case, need
 from .scaled_linear import ScaledLinearOp, scaled
 
-EXACT = 512  # products of codes, differences to a zero point, that fp32 adds up exactly
+EXACT = 1024  # products of codes that fp32 adds up exactly
 INT_MM_TOKENS = 17  # the fewest that torch._int_mm takes on CUDA
 
 int8_scaled_linear = ScaledLinearOp(
@@ -58,6 +58,21 @@ def _(x, x_scale, x_zero, q, scale, sums, bias, dtype):
 def shifted(products: Tensor, x_zero: Tensor | None, sums: Tensor | None) -> Tensor:
     """The sums [M, N] of (x - x_zero) * q from those of x * q."""
     return products if x_zero is None else products - x_zero * sums
+
+
+def native(case: Case) -> bool | str:
+    """Whether the C++ kernels take the case; their first use compiles them."""
+    here = need(
+        (case.device == "cpu", "runs on CPU only"),
+        (case.dtype in cpu_native.DTYPES, "gives bf16, fp16 and fp32 y only"),
+        (torch.backends.cpu.get_cpu_capability() == "AVX512", "slower than a product in fp32 without AVX-512"),
+    )
+    return cpu_native.available() if here is True else here
+
+
+@int8_scaled_linear.implementation("native", supports=native)
+def _(x, x_scale, x_zero, q, scale, sums, bias, dtype):
+    return cpu_native.int8_scaled_linear(x, x_scale, x_zero, q, scale, sums, bias, dtype)
 
 
 def int_mm(case: Case) -> bool | str:

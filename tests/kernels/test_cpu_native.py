@@ -46,6 +46,17 @@ def int4_case(m, n, k, group, dtype, scale_dtype):
     return (x, q, scale_zero, group, n, bias), expected
 
 
+def scaled_case(m, n, k, dtype, shared=False, zeros=True):
+    """Codes of x from end to end; one scale and zero for each row, or for all."""
+    x, q = torch.randint(-128, 128, (m, k), dtype=torch.int8), torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    size = (1,) if shared else (m, 1)
+    x_scale, x_zero = torch.rand(size) / 1000, torch.randint(-128, 128, size, dtype=torch.int32) if zeros else None
+    scale, bias = torch.rand(n).to(dtype), torch.randn(n).to(dtype)
+    exact = (x.double() - (x_zero if zeros else 0)) @ q.double().T
+    expected = exact * x_scale * scale.double() + bias.double()
+    return (x, x_scale, x_zero, q, scale, q.sum(1, dtype=torch.int32) if zeros else None, bias, dtype), expected
+
+
 def error(y, expected):
     return ((y.double() - expected).norm() / expected.norm()).item()
 
@@ -96,11 +107,37 @@ def test_int4_agrees_with_float64(m, dtype):
 
 
 @built
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("m", ROWS)
+def test_int8_on_int8_agrees_with_float64(m, dtype):
+    for n, k in ((1, 64), (3, 7), (17, 130), (64, 1), (130, 515), (200, 2500)):
+        for shared, zeros in ((False, True), (True, True), (False, False)):
+            arguments, expected = scaled_case(m, n, k, dtype, shared, zeros)
+            y = cpu_native.int8_scaled_linear(*arguments)
+            assert y.dtype == dtype and y.shape == (m, n)
+            assert error(y, expected) < TOLERANCE[dtype], (n, k, shared, zeros)
+
+
+@built
+def test_int8_on_int8_is_summed_exactly():
+    k = 60_000  # what is added up on the way does not fit
+    x, q = torch.full((7, k), -128, dtype=torch.int8), torch.full((70, k), -127, dtype=torch.int8)
+    one = torch.ones(1)
+    y = cpu_native.int8_scaled_linear(x, one, None, q, torch.ones(70), None, None, torch.float32)
+    assert y.eq(torch.tensor(128.0 * 127 * k)).all()
+    zero, sums = torch.tensor([127], dtype=torch.int32), q.sum(1, dtype=torch.int32)
+    y = cpu_native.int8_scaled_linear(x, one, zero, q, torch.ones(70), sums, None, torch.float32)
+    assert y.eq(torch.tensor(255.0 * 127 * k)).all()
+
+
+@built
 def test_many_rows_are_cut_into_tasks():
     arguments, expected = int8_case(801, 70, 96, torch.bfloat16)
     assert error(cpu_native.int8_linear(*arguments), expected) < TOLERANCE[torch.bfloat16]
     arguments, expected = int4_case(801, 70, 96, 32, torch.float32, torch.float32)
     assert error(cpu_native.int4_linear(*arguments), expected) < TOLERANCE[torch.float32]
+    arguments, expected = scaled_case(801, 70, 96, torch.float32)
+    assert error(cpu_native.int8_scaled_linear(*arguments), expected) < TOLERANCE[torch.float32]
 
 
 @built
@@ -127,6 +164,10 @@ def test_a_poisoned_row_leaves_the_others_alone(m, dtype, poison):
         others = torch.arange(m) != 1
         assert not y[1].isfinite().any()
         assert error(y[others], expected[others]) < TOLERANCE[dtype]
+    arguments, expected = scaled_case(m, 70, 67, dtype)
+    arguments[1][1] = float("nan")
+    y = cpu_native.int8_scaled_linear(*arguments)
+    assert y[1].isnan().all() and error(y[others], expected[others]) < TOLERANCE[dtype]
 
 
 @built
@@ -135,11 +176,12 @@ def test_the_same_bits_whatever_the_threads(m):
     threads = torch.get_num_threads()
     for dtype in TOLERANCE:
         eight, four = int8_case(m, 200, 700, dtype)[0], int4_case(m, 200, 768, 64, dtype, dtype)[0]
-        grouped = int8_case(m, 200, 768, dtype, 64)[0]
+        grouped, scaled = int8_case(m, 200, 768, dtype, 64)[0], scaled_case(m, 200, 700, dtype)[0]
         found = []
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
-            found.append([cpu_native.int8_linear(*each) for each in (eight, grouped)] + [cpu_native.int4_linear(*four)])
+            found.append([cpu_native.int8_linear(*each) for each in (eight, grouped)])
+            found[-1] += [cpu_native.int4_linear(*four), cpu_native.int8_scaled_linear(*scaled)]
         torch.set_num_threads(threads)
         for again in found[1:]:
             assert all(torch.equal(y, first) for y, first in zip(again, found[0], strict=True))
@@ -189,13 +231,16 @@ def test_the_portable_build_agrees_in_an_unwritable_cache(fresh, monkeypatch, tm
             assert error(cpu_native.int8_linear(*arguments), expected) < tolerance
             arguments, expected = int4_case(m, 70, 128, 64, dtype, dtype)
             assert error(cpu_native.int4_linear(*arguments), expected) < tolerance
+            arguments, expected = scaled_case(m, 70, 67, dtype)
+            assert error(cpu_native.int8_scaled_linear(*arguments), expected) < tolerance
 
 
 @built
 def test_processes_that_build_at_once_leave_one_whole_file(monkeypatch, tmp_path):
     source, path = tmp_path / "small.cpp", tmp_path / "cache" / "small.so"
-    source.write_text('extern "C" int int8_linear() { return 0; }\nextern "C" int int4_linear() { return 0; }\n')
-    monkeypatch.setattr(cpu_native, "SOURCE", source)
+    names = "int8_linear", "int4_linear", "int8_scaled_linear"
+    source.write_text("".join(f'extern "C" int {name}() {{ return 0; }}\n' for name in names))
+    monkeypatch.setattr(cpu_native, "SOURCES", [source])
     path.parent.mkdir()
     path.write_bytes(b"cut short")  # a broken build is made again
     with ThreadPoolExecutor(4) as pool:
