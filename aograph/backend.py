@@ -35,6 +35,7 @@ from .program import Program
 from .recipe import Recipe
 from .report import Report
 from .schemes import nearest
+from .statistics import digest
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +137,15 @@ def compiled(graph_module: GraphModule, example_inputs: Sequence[Any], options: 
         return inductor(graph_module, example_inputs)
 
     dynamo = from_dynamo(graph_module, example_inputs, options.model)
-    program = dynamo.program
-    report = pipeline.run(program, options.recipe.lenient(), disable=options.disable, dump=options.dump)
+    program, recipe = dynamo.program, options.recipe.lenient()
+    if recipe.statistics and dynamo.shared:
+        recipe = dataclasses.replace(recipe, statistics={})
+        complain(
+            "the statistics of the recipe are not used in this graph: Python runs between the graphs of the model, and "
+            "Dynamo may call one graph with the weights of several layers; use aograph.optimize",
+            options.strict,
+        )
+    report = pipeline.run(program, recipe, disable=options.disable, dump=options.dump)
     report.roofline = roofline(str(device_of(program)))
     log.info("%s", report.summary())
     for rule in options.recipe.unmatched(report.rows) if report.rows else ():
@@ -273,6 +281,7 @@ def cache_key(options: Options) -> str:
     parts = {
         "package": __version__,
         "recipe": recipe,
+        "statistics": digest(options.recipe.statistics),
         "disable": sorted(options.disable),
         "ops": {op.qualified_name: op.version for op in OPS.values()},
     }

@@ -55,8 +55,8 @@ def calibrate(
     uses of a weight (those that read the same x are one), and under all names of a tied one. Sums are in float64, in a
     fixed order.
 
-    Raises `InputError` where there is no batch, for one that is no call of the model, and for NaN and inf in what goes
-    into a linear, `CaptureError` for models that cannot be captured whole, and what `optimize` raises.
+    Raises `InputError` where there is no batch or no token, for a batch that is no call of the model, and for NaN and
+    inf in what goes into a linear, `CaptureError` for models that cannot be captured whole, and what `optimize` raises.
     """
     check_model(model)
     parsed, target = Recipe.of(recipe), resolve(device, model)
@@ -77,7 +77,10 @@ def calibrate(
             watched.close(number)
     if watched.batches == 0:
         raise InputError("batches is empty: there is nothing to calibrate on (a generator is used up after one loop)")
-    return replace(parsed, statistics=watched.statistics())
+    found = watched.statistics()
+    if not found:
+        raise InputError("nothing went into a linear: the batches hold no token, or the model's graph has no linear")
+    return replace(parsed, statistics=found)
 
 
 @dataclass
@@ -146,8 +149,8 @@ class Watched(OptimizedModule):
         if bounds and not (finite := torch.stack(bounds).isfinite().all(1)).all():
             name, _ = self._batch[finite.tolist().index(False)]
             raise InputError(
-                f"NaN or inf goes into the linear {name.removesuffix('.weight')} in batch {number}, and into none before "
-                "it: look at that batch, or at the dtype of the model (float16 ends at 65504)"
+                f"NaN or inf goes into the linear {name.removesuffix('.weight')} in batch {number}, the first "
+                "to get any: look at that batch, or at the dtype of the model (float16 ends at 65504)"
             )
         self._batch.clear()
         self.batches += 1

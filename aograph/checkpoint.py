@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import statistics
 from .errors import InputError, WeightError
 from .kernels.op import OPS
 from .program import get_attribute, nbytes
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 PACKED = "packed"  # the stem of the files with packed weights
+STATISTICS = f"{PACKED}.statistics.safetensors"  # those of a calibrated recipe
 SHARD = 5 * 10**9  # bytes
 TOKENIZER = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.spm", "spiece.model",
@@ -183,7 +185,8 @@ class Contents:
 
     format: version of these fields. package: version of aograph. recipe: as TOML. ops: versions by name. disabled:
     passes that were left out. packs: tensors of each pack in the file; errors: of each pack that is rounded. kept: the
-    tensors in the file of what is not packed, by the model's names.
+    tensors in the file of what is not packed, by the model's names. statistics: the digest of those in the folder, if
+    the recipe has some.
     """
 
     format: int
@@ -194,6 +197,7 @@ class Contents:
     packs: dict[str, list[str]]
     errors: dict[str, float]
     kept: dict[str, str]
+    statistics: str | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Contents:
@@ -305,7 +309,11 @@ def write_weights(optimized: OptimizedModule, folder: Path, shard_bytes: int) ->
     used = {key.partition("|")[0] for key in packs}
     ops = {op.name: op.version for op in OPS.values() if op.name in used}
     disabled = sorted(optimized._disable)
-    contents = Contents(FORMAT, __version__, optimized.recipe.to_toml(), ops, disabled, packs, errors, kept)
+    recipe, told = optimized.recipe, None
+    if recipe.statistics:
+        told = statistics.digest(recipe.statistics)
+        statistics.write(folder / STATISTICS, recipe.statistics)
+    contents = Contents(FORMAT, __version__, recipe.to_toml(), ops, disabled, packs, errors, kept, told)
     metadata = {"format": "pt", "aograph": json.dumps(asdict(contents))}
 
     shards = divide({name: nbytes(tensor) for name, tensor in tensors.items()}, shard_bytes)
@@ -381,10 +389,11 @@ def replace_folder(folder: Path, fresh: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def same(one: Recipe, other: Recipe) -> bool:
-    """Whether two recipes ask for the same; whether a rule must match something plays no part."""
-    first, second = ([replace(rule, optional=False) for rule in recipe.rules] for recipe in (one, other))
-    return first == second
+def same(given: Recipe, saved: Recipe) -> bool:
+    """Whether two recipes ask for the same; whether a rule must match something plays no part, nor do statistics if the
+    given one has none."""
+    first, second = ([replace(rule, optional=False) for rule in recipe.rules] for recipe in (given, saved))
+    return first == second and (not given.statistics or given.statistics == saved.statistics)
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""The command line: `aograph optimize`, `explain`, `export`, `inspect`, `serve`, `tune`, `recipes`, `env` …"""
+"""The command line: `aograph optimize`, `explain`, `calibrate`, `export`, `inspect`, `serve`, `tune`, `env` …"""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from . import artifact, export, huggingface, reproducer
+from .calibrate import calibrate
 from .errors import AographError, InputError
 from .kernels import cache, cuda, cuda_linear, nvrtc, tuning
 from .kernels.int4_linear import GROUP_SIZES
@@ -75,6 +76,15 @@ def parser() -> argparse.ArgumentParser:
             added.add_argument("--max-length", type=int, help="tokens of the static cache of a language model")
             added.add_argument("--batch-size", type=int, default=1, help="rows that decode computes at a time")
             added.add_argument("--tokenizer", type=Path, help="a folder; default: the model's, if it has a tokenizer")
+    added = command(run_calibrate, "calibrate")
+    added.add_argument("model", type=Path, help="a Hugging Face folder")
+    added.add_argument("text", type=Path, help="a file with text such as the model will read")
+    added.add_argument("--recipe", required=True, help="presets, or a .toml file")
+    added.add_argument("--output", type=Path, required=True, help="the .toml file to write; statistics go beside it")
+    added.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    added.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the model's own")
+    added.add_argument("--tokens", type=int, default=512, help="of the text that the model reads at a time")
+    added.add_argument("--calls", type=int, default=128, help="how often it reads, at most")
     added = command(run_inspect, "inspect")
     added.add_argument("file", type=Path, help="a .pt2 file that export wrote")
     added.add_argument("--json", action="store_true", help="print all that the file says, as JSON")
@@ -139,6 +149,24 @@ def run_export(options: argparse.Namespace) -> None:
     print_report(optimized.report, options)
     if not options.json:
         print(f"wrote {options.output}")
+
+
+def run_calibrate(options: argparse.Namespace) -> None:
+    """Run a language model on a text, and write the recipe with statistics of what goes into its linears."""
+    recipe = Recipe.of(options.recipe)
+    if options.output.suffix != ".toml":
+        raise InputError(f"a recipe is a .toml file, not {options.output}")
+    check_writable(options.output.parent)
+    try:
+        text = options.text.read_text()
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"the text {options.text} cannot be read: {error}") from None
+    if not options.model.is_dir():
+        raise InputError(f"{options.model} is no Hugging Face folder: use aograph.calibrate from Python")
+    model, _ = load(options)
+    calls = huggingface.calls_on_text(model, options.model, text, options.tokens)[: options.calls]
+    calibrate(model, recipe, calls, device=options.device).save(options.output)
+    print(f"wrote {options.output}, calibrated on {len(calls) * options.tokens} tokens")
 
 
 def run_inspect(options: argparse.Namespace) -> None:
@@ -343,6 +371,6 @@ def save(optimized: OptimizedModule, folder: Path) -> None:
 
     state = {name: tensor.contiguous() for name, tensor in optimized.state_dict().items()}
     save_file(state, folder / "packed.safetensors", metadata={"recipe": optimized.recipe.to_toml()})
-    (folder / "recipe.toml").write_text(optimized.recipe.to_toml())
+    optimized.recipe.save(folder / "recipe.toml")
     assert optimized.report is not None, "captured with example inputs"
     (folder / "report.json").write_text(json.dumps(optimized.report.as_dict(), indent=1) + "\n")

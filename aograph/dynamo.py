@@ -21,12 +21,14 @@ class DynamoGraph:
     """A program from Dynamo, whose constants were inputs of its graph.
 
     inputs: the positions of the graph's inputs that the program still takes, in its order; weights: those of its
-    constants, by name. A constant that is in neither is the graph's own.
+    constants, by name. A constant that is in neither is the graph's own. shared: whether the graph reaches weights from
+    another module than their owner; Dynamo may then call it with the weights of a sibling of that module.
     """
 
     program: Program
     inputs: list[int]
     weights: dict[str, int]
+    shared: bool
 
 
 def from_dynamo(
@@ -52,6 +54,7 @@ def from_dynamo(
     state: dict[str, Tensor] = {}
     kept: list[int] = []
     weights: dict[str, int] = {}
+    shared = False
     inputs = zip(traced.graph.find_nodes(op="placeholder"), placeholders, example_inputs, strict=True)
     for i, (node, given, real) in enumerate(inputs):
         source = getattr(given, "_dynamo_source", None)
@@ -61,7 +64,9 @@ def from_dynamo(
         if not is_weight(real, place, names):
             kept.append(i)
             continue
-        name = names[id(real)][0] if id(real) in names else free_name(place, state)
+        known = names.get(id(real))
+        name = known[0] if known else free_name(place, state)
+        shared |= known is not None and free_name(place, {}) not in known
         state[name], weights[name] = real, i
         set_attribute(traced, name, real)
         with traced.graph.inserting_before(node):
@@ -80,7 +85,7 @@ def from_dynamo(
             node.meta["val"], (records,) = None, node.args
         node.meta["grad"] = records
     ranges = {s: as_bound(r) for s, r in mode.shape_env.var_to_range.items()} if mode.shape_env else {}
-    return DynamoGraph(program_of(traced, state, names, ranges), kept, weights)
+    return DynamoGraph(program_of(traced, state, names, ranges), kept, weights, shared)
 
 
 def is_weight(value: Any, source: str, names: Mapping[int, list[str]]) -> bool:

@@ -29,6 +29,7 @@ from .patterns.language import packet, views_of, written
 from .program import Program, expression
 from .report import Report
 from .signature import Signature, Value, evaluate, symbols_of, tree
+from .statistics import digest
 
 if TYPE_CHECKING:
     from .optimize import OptimizedModule
@@ -226,14 +227,16 @@ def code_of(package: Path, graph: str) -> Iterator[tuple[str, bytes]]:
 
 
 def about_recipe(optimized: OptimizedModule) -> dict[str, Any]:
-    """The version of this package, and the recipe with its hash; rules that are functions have no text."""
+    """The version of this package, and the recipe with a hash of it and its statistics; functions have no text."""
     from . import __version__
 
     try:
         text = optimized.recipe.to_toml()
     except RecipeError:
         text = str(optimized.recipe)
-    return {"aograph": __version__, "recipe": text, "recipe_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    calibrated = digest(optimized.recipe.statistics) if optimized.recipe.statistics else ""
+    hashed = hashlib.sha256(f"{text}{calibrated}".encode()).hexdigest()
+    return {"aograph": __version__, "recipe": text, "recipe_sha256": hashed}
 
 
 def about_graph(graph: Graph, inlined: Inlined) -> dict[str, Any]:

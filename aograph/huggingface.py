@@ -69,6 +69,27 @@ def example_inputs(model: Any, tokens: int) -> dict[str, Any]:
     return inputs | ({"use_cache": False} if hasattr(text, "use_cache") else {})
 
 
+def calls_on_text(model: Any, folder: Path, text: str, tokens: int) -> list[dict[str, Any]]:
+    """Inputs by keyword: the token ids of a text in windows of `tokens`, one a call; what fills no window is left out.
+
+    Raises `InputError` for models that take no text, and texts that are shorter than a window.
+    """
+    import transformers
+
+    example = example_inputs(model, tokens)
+    if "input_ids" not in example:
+        raise InputError(
+            f"{type(model).__name__} takes {', '.join(example)}, no text: use aograph.calibrate from Python"
+        )
+    with readable(folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
+    windows = [window for window in ids.split(tokens, dim=1) if window.shape[1] == tokens]
+    if not windows:
+        raise InputError(f"the text has {ids.shape[1]} tokens, less than one window of {tokens}: give a longer one")
+    return [{name: w if isinstance(value, Tensor) else value for name, value in example.items()} for w in windows]
+
+
 def is_pretrained(model: nn.Module) -> bool:
     """Whether a model is one of transformers; none is before that is imported."""
     return "transformers" in sys.modules and isinstance(model, sys.modules["transformers"].PreTrainedModel)

@@ -8,7 +8,7 @@ import re
 import threading
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from . import huggingface
-from .checkpoint import PACKED, Checkpoint, Contents, Repacked, Streamed, Valueless, is_packed, listed, same
+from . import huggingface, statistics
+from .checkpoint import PACKED, STATISTICS, Checkpoint, Contents, Repacked, Streamed, Valueless, is_packed, listed, same
 from .errors import CaptureError, InputError, WeightError
 from .generation import OptimizedPreTrained
 from .optimize import OptimizedModule, call_of, resolve
@@ -135,6 +135,10 @@ def load_pretrained(
 def recipe_of(contents: Contents, folder: Path, recipe: Any) -> Recipe:
     """The recipe of a packed folder; the caller may give the same."""
     saved = Recipe.from_toml(contents.recipe)
+    if contents.statistics is not None:
+        saved = replace(saved, statistics=statistics.read(folder / STATISTICS))
+        if statistics.digest(saved.statistics) != contents.statistics:
+            raise InputError(f"{folder} was not saved with the statistics in its {STATISTICS}: get the folder again")
     if recipe is not None and not same(Recipe.of(recipe), saved):
         raise InputError(
             f"{folder} is packed by the recipe {str(saved)!r}, not {str(Recipe.of(recipe))!r}: leave recipe out, or "

@@ -1,6 +1,7 @@
 """Reproducers: a folder that holds a captured graph, its recipe and the versions, no weights, to run again.
 
-`graph.py` is the graph as a module whose tensors are on the meta device; `recipe.toml` and `run.json` are the rest.
+`graph.py` is the graph as a module whose tensors are on the meta device; `recipe.toml` and `run.json` are the rest. If
+the recipe was calibrated, its statistics lie beside it.
 """
 
 from __future__ import annotations
@@ -85,10 +86,9 @@ def write(source: str, recipe: Recipe, disable: Collection[str] = (), folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "graph.py").write_text(source)
     try:
-        text = recipe.to_toml()
+        recipe.save(folder / "recipe.toml")
     except RecipeError as error:
-        text = f"# {error}\n"
-    (folder / "recipe.toml").write_text(text)
+        (folder / "recipe.toml").write_text(f"# {error}\n")
     (folder / "run.json").write_text(json.dumps({"disable": sorted(disable), "versions": versions()}, indent=2))
     return folder
 
@@ -116,4 +116,4 @@ def load(folder: Path) -> tuple[torch.nn.Module, tuple, Any, Recipe, list[str]]:
         args.append(torch.empty(sizes, dtype=getattr(torch, like["dtype"]), device="meta"))
         shapes.append({i: Dim.AUTO for i, s in enumerate(like["shape"]) if isinstance(s, list)})
     run = json.loads((folder / "run.json").read_text())
-    return module, tuple(args), tuple(shapes), Recipe.from_toml((folder / "recipe.toml").read_text()), run["disable"]
+    return module, tuple(args), tuple(shapes), Recipe.of(folder / "recipe.toml"), run["disable"]

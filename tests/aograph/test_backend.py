@@ -13,8 +13,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import aograph
-from aograph import InputError, RecipeError, WeightError
+from aograph import InputError, LinearStatistics, RecipeError, WeightError, pipeline
 from aograph.backend import Options, cache_key, joined, suited
+from aograph.pipeline import Context
 from aograph.report import PassRecord, Report
 from tests.small_models import MLP, Tied
 
@@ -345,15 +346,47 @@ def test_every_part_changes_the_key(monkeypatch):
     for recipe in ("int4wo", "int8wo(algorithm=mse)", "int8wo + lm_head:none", "int4wo(group_size=32)"):
         keys.add(cache_key(Options.of(None, {"recipe": recipe})))
     keys.add(cache_key(dataclasses.replace(options, disable=("merge_linears",))))
+    for high in (1.0, 2.0):
+        found = {"up.weight": LinearStatistics(-1.0, high, torch.ones(64), 3)}
+        calibrated = dataclasses.replace(options.recipe, statistics=found)
+        keys.add(cache_key(dataclasses.replace(options, recipe=calibrated)))
     with monkeypatch.context() as patch:
         patch.setattr(aograph, "__version__", "0.0.0")
         keys.add(cache_key(options))
     with monkeypatch.context() as patch:
         patch.setattr(int8_linear, "version", 2)
         keys.add(cache_key(options))
-    assert len(keys) == 8
+    assert len(keys) == 10
     unnamed = Options.of(None, {"recipe": [aograph.Rule(aograph.Int8WeightOnly(), shape=lambda shape: shape.N > 8)]})
     assert cache_key(unnamed) != cache_key(unnamed)  # a function has no text: never a wrong hit
+
+
+def test_statistics_are_for_graphs_of_one_layer_only(monkeypatch):
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Breaking() for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    seen, model = [], Layers().eval()
+    found = {name: LinearStatistics(-1.0, 1.0, torch.ones(64), 3) for name, _ in model.named_parameters()}
+    recipe = dataclasses.replace(aograph.Recipe.of("int8wo"), statistics=found)
+    monkeypatch.setattr(pipeline, "Context", lambda recipe, found: seen.append(found) or Context(recipe, found))
+
+    def run(each):
+        options = {"recipe": recipe, "compile": False, "model": each}
+        return torch.compile(each, backend="aograph", options=options)(X)
+
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="Dynamo may call one graph with the weights of several layers"):
+            close(run(model), model(X))
+        assert len(seen) < 6 and not any(seen)  # graphs are shared by layers
+        run(model.layers[0])
+    assert seen[-1] == found
 
 
 def report(matches):

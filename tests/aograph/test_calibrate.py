@@ -15,7 +15,6 @@ from tests.models.zoo import build, ids
 from tests.programs import Function
 from tests.small_models import MLP, Branching, Counting, Tied, untouched
 
-
 MLP_ONE = MLP()
 
 
@@ -270,6 +269,12 @@ def test_progress_is_shown_on_a_terminal(monkeypatch, stream, progress, shown):
 def test_no_batches(batches):
     with pytest.raises(InputError, match="batches is empty: there is nothing to calibrate on"):
         calibrate(MLP_ONE, "int8wo", batches)
+
+
+@pytest.mark.parametrize("model, rows", [(MLP_ONE, 0), (nn.ReLU(), 3)])
+def test_nothing_goes_into_a_linear(model, rows):
+    with pytest.raises(InputError, match="nothing went into a linear: the batches hold no token, or the model's graph"):
+        calibrate(model, "int8wo", [torch.randn(rows, 64)], progress=False)
 
 
 @pytest.mark.parametrize("batches", [3, None, torch.randn(3, 64), {"x": torch.randn(3, 64)}, "text.txt"])

@@ -8,7 +8,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from aograph import InputError, Rule, WeightError, checkpoint, load_pretrained, optimize
+from aograph import (
+    InputError,
+    LinearStatistics,
+    Recipe,
+    RecipeError,
+    Rule,
+    WeightError,
+    checkpoint,
+    load_pretrained,
+    optimize,
+    statistics,
+)
 from aograph.checkpoint import Checkpoint, Contents, divide, host, save, write_weights
 from aograph.schemes import Int8WeightOnly
 from tests.models.zoo import ids
@@ -184,6 +195,25 @@ def test_the_recipe_may_be_given_again(packed):
     assert load(packed, "int4wo(group_size=32) + lm_head:int8wo").report
     with pytest.raises(InputError, match=r"is packed by the recipe .*group_size=32.*, not '→ int8wo'"):
         load(packed, "int8wo")
+
+
+def test_a_calibrated_recipe_keeps_its_statistics(original, tmp_path):
+    found = {"lm_head.weight": LinearStatistics(-1.5, 2.0, torch.rand(64), 7)}
+    recipe = dataclasses.replace(Recipe.of("int8wo"), statistics=found)
+    packed, path = tmp_path / "packed", tmp_path / "packed" / "packed.statistics.safetensors"
+    load(original, recipe).save_pretrained(packed)
+    assert load(packed).recipe == load(packed, "int8wo").recipe == load(packed, recipe).recipe == recipe
+    load(packed).save_pretrained(tmp_path / "again")
+    assert load(tmp_path / "again").recipe == recipe
+    other = {"lm_head.weight": LinearStatistics(-1.5, 3.0, torch.rand(64), 7)}
+    with pytest.raises(InputError, match="is packed by the recipe"):
+        load(packed, dataclasses.replace(recipe, statistics=other))
+    statistics.write(path, other)
+    with pytest.raises(InputError, match=r"was not saved with the statistics in its packed\.statistics\.safetensors"):
+        load(packed)
+    path.unlink()
+    with pytest.raises(RecipeError, match=r"packed\.statistics\.safetensors cannot be read"):
+        load(packed)
 
 
 def test_another_dtype(packed):

@@ -167,6 +167,43 @@ def test_a_hugging_face_folder(capsys):
     assert len(rows) == 43 and {row["outcome"] for row in rows} == {"rewritten"}
 
 
+# --- calibrate ---------------------------------------------------------------------------------------------
+
+
+def test_calibrate_writes_a_recipe_with_statistics(capsys, tmp_path):
+    pytest.importorskip("transformers")
+    text, output = tmp_path / "text.txt", tmp_path / "out" / "recipe.toml"
+    text.write_text("The for statement is used to iterate over the elements of a sequence. " * 20)
+    given = ["calibrate", str(MINI), str(text), "--recipe", "int8wo", "--device", "cpu", "--tokens", "16"]
+    assert main([*given, "--calls", "3", "--output", str(output)]) == 0
+    assert "recipe.toml, calibrated on 48 tokens" in capsys.readouterr().out
+    recipe = Recipe.of(output)
+    assert recipe.rules == Recipe.of("int8wo").rules
+    assert len(recipe.statistics) == 44 and {each.tokens for each in recipe.statistics.values()} == {48}
+    assert main(["optimize", str(MINI), "--recipe", str(output), "--device", "cpu", "--output", str(tmp_path)]) == 0
+    assert Recipe.of(tmp_path / "recipe.toml") == recipe
+
+
+@pytest.mark.parametrize(
+    "model, text, more, message",
+    [
+        (MINI, "text", ["--output", "recipe.json"], "a recipe is a .toml file, not recipe.json"),
+        (MINI, "text", ["--recipe", "int9wo"], "unknown scheme 'int9wo'"),
+        (MINI, None, [], "cannot be read"),
+        (MINI, "text", [], "the text has 1 tokens, less than one window of 512"),
+        ("nowhere", "text", [], "nowhere is no Hugging Face folder"),
+    ],
+)
+def test_what_cannot_be_calibrated(capsys, tmp_path, model, text, more, message):
+    path = tmp_path / "text.txt"
+    if text is not None:
+        path.write_text(text)
+    output = tmp_path / "recipe.toml"
+    given = ["calibrate", str(model), str(path), "--recipe", "int8wo", "--output", str(output), "--device", "cpu"]
+    assert main([*given, *more]) == 1
+    assert message in capsys.readouterr().err and not output.exists()
+
+
 # --- tune ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,11 +1,13 @@
 import warnings
+from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 import torch
 from torch import nn
 
 import aograph
-from aograph import InputError, archive, export
+from aograph import InputError, LinearStatistics, archive, export
 from aograph.artifact import inspect, load
 from aograph.decoding import cache_shapes
 from tests.artifacts import FAST_BUILD
@@ -33,6 +35,17 @@ def test_requests_that_cannot_be_met(make, name, options, message, tmp_path):
     with pytest.raises(InputError, match=message):
         make().save(tmp_path / name, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_hash_of_a_recipe_is_of_its_statistics_too():
+    fast, hashes = optimized(), []
+    for high in (None, 1.0, 2.0):
+        found = {} if high is None else {"up.weight": LinearStatistics(-1.0, high, torch.ones(64), 3)}
+        fast.recipe = replace(fast.recipe, statistics=found)
+        about = export.about_recipe(fast)
+        assert about["recipe"] == aograph.Recipe.of("int8wo").to_toml()
+        hashes.append(about["recipe_sha256"])
+    assert len(set(hashes)) == 3 and hashes[0] == sha256(about["recipe"].encode()).hexdigest()
 
 
 def test_a_model_in_parts_has_no_graph(tmp_path, fresh_compiler):

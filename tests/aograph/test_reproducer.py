@@ -1,5 +1,6 @@
 import json
 import tempfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from aograph.passes import Stage
 from torch import nn
 
-from aograph import InputError, Int8WeightOnly, Recipe, RecipeError, Rule
+from aograph import InputError, Int8WeightOnly, LinearStatistics, Recipe, RecipeError, Rule
 from aograph.capture import capture
 from aograph.reproducer import load, snapshot, versions, write
 from tests.models.zoo import build
@@ -96,6 +97,11 @@ def test_no_weights_are_written(tmp_path):
     files = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert sorted(files) == ["graph.py", "recipe.toml", "run.json"]
     assert not any("1234" in text for text in files.values())
+
+
+def test_statistics_come_along(tmp_path):
+    found = {"up.weight": LinearStatistics(-1.0, 2.0, torch.rand(64), 3)}
+    loaded(program_of(MLP(), X), tmp_path, replace(INT8, statistics=found))
 
 
 def test_versions(tmp_path):
