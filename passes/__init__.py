@@ -13,6 +13,6 @@ def _subclasses(cls: type[Pass]) -> list[type[Pass]]:
     return [s for c in cls.__subclasses__() for s in (c, *_subclasses(c))]
 
 
-PASSES: tuple[Pass, ...] = tuple(cls() for cls in _subclasses(Pass) if "name" in vars(cls))
+PASSES: tuple[Pass, ...] = tuple(cls() for cls in dict.fromkeys(_subclasses(Pass)) if "name" in vars(cls))
 
 __all__ = ["PASSES", "Pass", "SchemePass", "Stage"]
