@@ -1,10 +1,10 @@
-"""Times weight-only int8 and int4 linear layers on the CPU against torch's own bf16 and fp32 ones.
+"""Times int8 and int4 linear layers on the CPU against torch's own bf16 and fp32 ones.
 
     python -m bench.cpu_linear --n 4096 --k 4096 --m 1 16 64 256 --json OUT
 
 Every round times each contender once, so that whatever else the machine does hits all of them alike, and each call
 reads another copy of the weights, more of them than the last-level cache holds, as a model's layers would be. What
-is reported is the median over the rounds.
+is reported is the median over the rounds. Where x is quantized too (int8dq), that is compiled, and in the time.
 """
 
 import argparse
@@ -21,11 +21,15 @@ import torch
 import torch.nn.functional as F
 from aograph.kernels import int4_linear as int4
 from aograph.kernels import int8_linear as int8
+from aograph.kernels import int8_scaled_linear as int8dq
+from aograph.kernels.op import Case
+from aograph.kernels.quantized_activation import int8_per_token, int8_per_token_asymmetric
 from tabulate import tabulate
 from torch import Tensor
 
 Contender = tuple[torch.dtype, Callable[[Tensor, int], Tensor]]
 
+DYNAMIC = {"int8dq": int8_per_token, "int8dq asymmetric": int8_per_token_asymmetric}
 CACHE_BYTES = 64 << 20  # of copies of each weight, where the machine does not say how much it caches
 
 
@@ -71,16 +75,26 @@ def contenders(n: int, k: int, group_size: int, dtype: torch.dtype) -> dict[str,
     layers4 = copies(int4.pack(weight, group_size))
     found["int8wo"] = dtype, lambda x, i: int8.int8_linear(x, *layers8[i % len(layers8)], None)
     found["int4wo"] = dtype, lambda x, i: int4.int4_linear(x, *layers4[i % len(layers4)], group_size, n, None)
+    for name, quantize in DYNAMIC.items():
+        layers = copies(int8dq.pack(weight, sums="asymmetric" in name))
+        call = partial(dynamic, torch.compile(quantize, dynamic=True))
+        found[name] = dtype, lambda x, i, call=call, layers=layers: call(x, *layers[i % len(layers)])
     return found
+
+
+def dynamic(quantize: Callable[[Tensor], tuple], x: Tensor, q: Tensor, scale: Tensor, sums: Tensor | None = None):
+    """y of an x that is quantized first."""
+    return int8dq.int8_scaled_linear(*quantize(x), q, scale, sums, None, x.dtype)
 
 
 def chosen(name: str, m: int, x: Tensor, n: int, k: int, group_size: int) -> str:
     """Which implementation an op runs for x; torch's own for what is no op."""
-    op = {"int8wo": int8.int8_linear, "int4wo": int4.int4_linear}.get(name)
+    of_x = dict.fromkeys(DYNAMIC, int8dq.int8_scaled_linear)
+    op = {"int8wo": int8.int8_linear, "int4wo": int4.int4_linear, **of_x}.get(name)
     if op is None:
         return "torch"
     group = group_size if name == "int4wo" else None
-    return op.choose(int8.Case("cpu", x.dtype, m, n, k, group)).name
+    return op.choose(Case("cpu", x.dtype, m, n, k, group)).name
 
 
 def measure(found: dict[str, Contender], x: Tensor, seconds: float) -> dict[str, list[float]]:

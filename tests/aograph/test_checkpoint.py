@@ -130,7 +130,9 @@ def packed(optimized, tmp_path):
 def check_same(one, other):
     state, expected = one.state_dict(), other.state_dict()
     assert state.keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+    for name, tensor in state.items():
+        assert (tensor.dtype, tensor.shape) == (expected[name].dtype, expected[name].shape)
+        assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8))  # torch compares no float8
 
 
 def test_what_is_written(packed, original):
@@ -189,6 +191,18 @@ def test_int8_in_groups(original, tmp_path):
     assert again.recipe == optimized.recipe and str(again.report) == str(optimized.report)
     assert all(tensor.dim() == 2 for name, tensor in again.state_dict().items() if name.endswith("_scale"))
     check_same(again, optimized)
+
+
+@pytest.mark.parametrize("recipe", ["float8wo", "float8dq"])
+def test_float8(recipe, original, tmp_path):
+    optimized = load(original, recipe)
+    optimized.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed")
+    assert again.recipe == optimized.recipe and str(again.report) == str(optimized.report)
+    assert torch.float8_e4m3fn in {tensor.dtype for tensor in again.state_dict().values()}
+    check_same(again, optimized)
+    inputs = {"input_ids": ids(3, 7), "use_cache": False}
+    assert torch.equal(again(**inputs).logits, optimized(**inputs).logits)
 
 
 def test_the_recipe_may_be_given_again(packed):

@@ -17,6 +17,12 @@ def program_of(model, recipe, *inputs, dynamic_shapes=None):
     return captured.program
 
 
+RECIPES = [  # and K
+    ("int8wo", 33), ("int8wo", 64), ("int8wo(group_size=32)", 96), ("int4wo(group_size=32)", 96),
+    ("float8wo", 33), ("float8dq", 33), ("float8dq(granularity=tensor)", 64), ("float8dq(granularity=block)", 128),
+]  # fmt: skip
+
+
 def oracle(program, x):
     """What the graph computes in float64, by the references of our ops."""
 
@@ -32,9 +38,7 @@ def oracle(program, x):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize(
-    "recipe, K", [("int8wo", 33), ("int8wo", 64), ("int8wo(group_size=32)", 96), ("int4wo(group_size=32)", 96)]
-)
+@pytest.mark.parametrize("recipe, K", RECIPES)
 @pytest.mark.parametrize("N", [1, 65, 128])
 def test_the_traced_graph_computes_what_the_op_means(recipe, N, K, dtype):
     program = program_of(nn.Linear(K, N).to(dtype), recipe, torch.randn(5, K, dtype=dtype))

@@ -46,7 +46,16 @@ class Merged(nn.Module):
     [(MLP, (torch.randn(3, 64),)), (Merged, (torch.randn(3, 64),)), (Tied, (torch.arange(12).view(2, 6),))],
 )
 @pytest.mark.parametrize(
-    "recipe", ["int8wo", "int8wo(group_size=32)", "int4wo(group_size=32)", "sparse24", "int8dq-sparse24"]
+    "recipe",
+    [
+        "int8wo",
+        "int8wo(group_size=32)",
+        "int4wo(group_size=32)",
+        "float8wo",
+        "float8dq",
+        "sparse24",
+        "int8dq-sparse24",
+    ],
 )
 def test_new_weights_become_what_packing_the_new_model_gives(make, inputs, recipe):
     torch.manual_seed(1)
