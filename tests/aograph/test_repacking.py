@@ -44,7 +44,10 @@ class Merged(nn.Module):
     "make, inputs",
     [(MLP, (torch.randn(3, 64),)), (Merged, (torch.randn(3, 64),)), (Tied, (torch.arange(12).view(2, 6),))],
 )
-@pytest.mark.parametrize("recipe", ["int8wo", "int8wo(group_size=32)", "int4wo(group_size=32)", "float8wo", "float8dq"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["int8wo", "int8wo(group_size=32)", "int4wo(group_size=32)", "int8dq(mapping=asymmetric)", "float8wo", "float8dq"],
+)
 def test_new_weights_become_what_packing_the_new_model_gives(make, inputs, recipe):
     torch.manual_seed(1)
     new = make()
