@@ -22,7 +22,7 @@ from .quantized_activation import BLOCK
 from .scaled_linear import ScaledLinearOp, scaled
 
 FAST = torch.bfloat16  # what the fallback multiplies in where y is of it; else in fp32
-CUBLAS_ROWS = (12, 9)  # the CUDA from which cuBLASLt takes scales of rows and of blocks
+CUBLAS_ROWS = (12, 9)  # the CUDA from which cuBLASLt takes scales of rows, and of blocks
 
 float8_scaled_linear = ScaledLinearOp(
     "float8_scaled_linear(Tensor x, Tensor x_scale, Tensor q, Tensor scale, Tensor? bias, ScalarType dtype) -> Tensor",
@@ -77,26 +77,20 @@ def _(x, x_scale, q, scale, bias, dtype):
     return F.linear(wide, weight, None if bias is None else bias.double()).to(dtype)
 
 
-def cublaslt(case: Case) -> bool | str:
-    """Whether cuBLASLt takes the case, or what stands in for it where it has no scales of rows: CUTLASS."""
+def cublaslt(case: Case, blocks: bool) -> bool | str:
+    """Whether cuBLASLt takes the case, or, where it has no scales of rows, CUTLASS in its place."""
     capability, cuda = case.capability or (0, 0), tuple(map(int, (torch.version.cuda or "0").split(".")))
     rows = capability[0] == 9 and cuda >= CUBLAS_ROWS
     return need(
         (case.device == "cuda", "runs on CUDA only"),
         (capability >= (8, 9), "needs compute capability 8.9"),
+        (rows or not blocks, "needs compute capability 9 and CUDA 12.9"),
+        (rows or case.dtype is torch.bfloat16, "gives bf16 only, but for compute capability 9 and CUDA 12.9"),
         (case.K % 16 == 0, "K is not a multiple of 16"),
         (case.N % 16 == 0, "N is not a multiple of 16"),
-        (case.dtype is torch.bfloat16 or rows, "gives bf16 only where compute capability is not 9 or CUDA below 12.9"),
-        (case.group_size is None or rows, "scales blocks only where compute capability is 9 and CUDA 12.9 or newer"),
+        (blocks or case.group_size is None, "takes no scales of blocks"),
+        (not blocks or case.group_size is not None, "takes scales of blocks only"),
     )
-
-
-def cublaslt_blocks(case: Case) -> bool | str:
-    return cublaslt(case) if case.group_size else "takes one scale for each 128 × 128 weights only"
-
-
-def cublaslt_rows(case: Case) -> bool | str:
-    return cublaslt(case) if case.group_size is None else "takes scales of rows or of the whole only"
 
 
 def with_bias(product: Callable[[Tensor | None], Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -116,7 +110,7 @@ def _(x, x_scale, q, scale, bias, dtype):
     return cuda_scaled_linear.linear(x, q, scale, bias, dtype, x_scale=x_scale)
 
 
-@float8_scaled_linear.implementation("cublaslt", supports=cublaslt_rows, standalone=True)
+@float8_scaled_linear.implementation("cublaslt", supports=lambda case: cublaslt(case, blocks=False), standalone=True)
 def _(x, x_scale, q, scale, bias, dtype):
     if x_scale.numel() != 1 or scale.numel() != 1:  # both for each row, or both for all
         x_scale, scale = x_scale.expand(x.shape[0], 1).contiguous(), scale.expand(1, q.shape[0]).contiguous()
@@ -127,7 +121,7 @@ def _(x, x_scale, q, scale, bias, dtype):
     return with_bias(product, bias, dtype)
 
 
-@float8_scaled_linear.implementation("cublaslt_blocks", supports=cublaslt_blocks)
+@float8_scaled_linear.implementation("cublaslt_blocks", supports=lambda case: cublaslt(case, blocks=True))
 def _(x, x_scale, q, scale, bias, dtype):
     """cuBLASLt reads the scales of x column by column, and those of a row of blocks up to a multiple of four."""
     x_scale = x_scale.T.clone(memory_format=torch.contiguous_format).T

@@ -49,7 +49,7 @@ def float8_bits(bits, dtype: tl.constexpr):
 def int8_kernel(
     x, q, scale, bias, y, M, N, K, k_per_part,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    FLOAT8_BITS: tl.constexpr = False,
+    FLOAT8_BITS: tl.constexpr,
 ):  # fmt: skip
     """x [M, K], q [N, K] int8 or e4m3, scale [N] (GROUP 0) or [N, K/GROUP], bias [N] or None -> y.
 
@@ -154,7 +154,7 @@ def int4_transposed_kernel(q, scale_zero, w, K, sz_stride, GROUP: tl.constexpr, 
 def int8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x [M, K] bf16 or fp16, contiguous, M ≥ 1; the weight as `int8_linear` packs it -> y [M, N] in x's dtype."""
     group_size = 0 if scale.dim() == 1 else q.shape[1] // scale.shape[1]
-    return _linear(int8_kernel, INT8_TILES, x, q, scale, bias, q.shape[0], group_size)
+    return _linear(int8_kernel, INT8_TILES, x, q, scale, bias, q.shape[0], group_size, FLOAT8_BITS=False)
 
 
 def float8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -162,9 +162,9 @@ def float8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> T
 
     GPUs below compute capability 8.9 do not convert e4m3: there the kernel does it by arithmetic on the bits.
     """
-    if (capability(x.device) or (8, 0)) >= (8, 9):
-        return _linear(int8_kernel, INT8_TILES, x, q, scale, bias, q.shape[0], 0)
-    return _linear(int8_kernel, INT8_TILES, x, q.view(torch.int8), scale, bias, q.shape[0], 0, FLOAT8_BITS=True)
+    by_bits = (capability(x.device) or (8, 0)) < (8, 9)
+    codes = q.view(torch.int8) if by_bits else q
+    return _linear(int8_kernel, INT8_TILES, x, codes, scale, bias, q.shape[0], 0, FLOAT8_BITS=by_bits)
 
 
 def int4_linear(

@@ -19,6 +19,7 @@ def program_of(model, recipe, *inputs, dynamic_shapes=None):
 
 RECIPES = [  # and K
     ("int8wo", 33), ("int8wo", 64), ("int8wo(group_size=32)", 96), ("int4wo(group_size=32)", 96),
+    ("int8dq", 33), ("int8dq(mapping=asymmetric)", 64),
     ("float8wo", 33), ("float8dq", 33), ("float8dq(granularity=tensor)", 64), ("float8dq(granularity=block)", 128),
 ]  # fmt: skip
 

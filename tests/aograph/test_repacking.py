@@ -51,6 +51,7 @@ class Merged(nn.Module):
         "int8wo",
         "int8wo(group_size=32)",
         "int4wo(group_size=32)",
+        "int8dq(mapping=asymmetric)",
         "float8wo",
         "float8dq",
         "sparse24",

@@ -138,15 +138,19 @@ def triton_linear(monkeypatch):
     return triton_linear
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("name, codes", [("int8_linear", torch.int8), ("float8_linear", torch.float8_e4m3fn)])
 @pytest.mark.parametrize("K, launches", [(256, 1), (4096, 2)])
-def test_launches_become_nodes_of_an_exported_graph(triton_linear, K, launches):
+def test_launches_become_nodes_of_an_exported_graph(triton_linear, K, launches, name, codes, capability, monkeypatch):
+    monkeypatch.setattr(triton_linear, "capability", lambda device: capability)
+
     class Linear(torch.nn.Module):
         def forward(self, x, q, scale):
-            return triton_linear.int8_linear(x, q, scale, None)
+            return getattr(triton_linear, name)(x, q, scale, None)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(4, K, device="cuda", dtype=torch.bfloat16)
-        q = torch.empty(192, K, device="cuda", dtype=torch.int8)
+        q = torch.empty(192, K, device="cuda", dtype=codes)
         scale = torch.empty(192, device="cuda", dtype=torch.bfloat16)
         exported = torch.export.export(Linear(), (x, q, scale), strict=False)
     names = [node.name for node in exported.graph.nodes if "triton_kernel_wrapper" in node.name]

@@ -143,3 +143,18 @@ def test_no_dequantized_weight_is_in_the_graph():
     shapes = {(256, 128), (128, 256)}
     values = [value for n in program.graph.nodes if isinstance(value := n.meta.get("val"), torch.Tensor)]
     assert [value.dtype for value in values if tuple(value.shape) in shapes] == [FLOAT8] * 2
+
+
+@pytest.mark.cuda
+@each_granularity
+def test_on_a_gpu(granularity):
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("no GPU of compute capability 9")
+    model = MLP(512, 768).eval().to("cuda", torch.bfloat16)
+    x = torch.randn(33, 512, device="cuda", dtype=torch.bfloat16)
+    fast = aograph.optimize(model, f"float8dq(granularity={granularity})", x, compile=False)
+    assert all(row.kernel.startswith("cublaslt") for row in fast.report.rows)
+    with torch.no_grad():
+        for M in (1, 16, 33):
+            exact = model(x[:M])
+            assert (fast(x[:M]) - exact).norm() <= 0.08 * exact.norm()

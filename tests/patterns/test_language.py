@@ -16,6 +16,7 @@ from aograph.patterns.language import (
     packet,
     propagate,
     rewrite,
+    stays,
     written,
 )
 from torch import nn
@@ -87,6 +88,18 @@ def test_a_written_weight_is_no_constant(write):
     writer = written(weight)
     assert writer is not None and mutates(writer)
     assert not constant(weight) and constant(other) and written(other) is None
+
+
+def test_what_stays_is_written_through_no_view():
+    def forward(m, x):
+        x = x.relu()
+        view, other = x.t(), x.exp()
+        view.add_(1)
+        return view + 1, other
+
+    program = program_of(Buffers(forward), X)
+    assert not stays(find(program, "aten.t")) and not stays(find(program, "aten.relu"))
+    assert stays(find(program, "aten.exp"))
 
 
 def test_a_view_of_a_written_weight_is_no_constant():
