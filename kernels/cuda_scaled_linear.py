@@ -108,7 +108,7 @@ def plan(codes: torch.dtype, sparse: bool, M: int, N: int, K: int) -> ScaledPlan
 
 @cache
 def table() -> plans.Measured[ScaledPlan]:
-    return plans.known((plans.shipped(NAME), plans.tuned(NAME)), ScaledPlan)
+    return plans.known([plans.shipped(NAME)], ScaledPlan)
 
 
 def supports(case: Case, codes: torch.dtype, sparse: bool = False) -> bool | str:

@@ -41,8 +41,11 @@ def draw(codes: torch.dtype, sparse: bool, M: int, N: int, K: int, device: str =
     """Normal numbers, as they are after quantization: the largest of some thousand is the largest code."""
     spread = {torch.int8: 32.0, torch.float8_e4m3fn: 112.0}.get(codes, 1.0)
     x, weight = (torch.randn(rows, K, device=device).mul_(spread) for rows in (M, N))
+    if codes.itemsize == 1:
+        largest = 127 if codes is torch.int8 else torch.finfo(codes).max
+        x, weight = (each.clamp_(-largest, largest) for each in (x, weight))
     if codes is torch.int8:
-        x, weight = x.round().clamp(-127, 127), weight.round().clamp(-127, 127)
+        x, weight = x.round_(), weight.round_()
     x, weight = x.to(codes), weight.to(codes)
     scaled = codes.itemsize == 1
     wide = torch.float32 if codes is torch.float8_e4m3fn else torch.bfloat16

@@ -10,7 +10,7 @@ KINDS = [(torch.int8, False), (torch.float8_e4m3fn, False), (torch.int8, True), 
 
 @pytest.mark.parametrize("codes, sparse", KINDS)
 def test_what_is_drawn_fits_together(codes, sparse):
-    made = scaled_tuning.draw(codes, sparse, 3, 16, 128, device="cpu")
+    made = scaled_tuning.draw(codes, sparse, 30, 160, 1024, device="cpu")
     y = made.x.double() @ made.weight.double().T
     if sparse:
         assert torch.equal(decompress(made.q, made.indices).float(), made.weight.float())
