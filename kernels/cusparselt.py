@@ -21,6 +21,7 @@ from .op import ENDLESS, Case, Op, capability, need
 from .sparse24 import decompress
 
 MULTIPLES = {torch.bfloat16: (16, 8), torch.float16: (16, 8), torch.int8: (32, 16), torch.float8_e4m3fn: (32, 16)}
+FROM_TOKENS = 256  # where a sparse product overtakes a dense one: below, both wait for the weight
 BLOBS: Any = WeakTensorKeyDictionary()  # the values of a packed weight → their version, and the weight as it is read
 
 
@@ -61,7 +62,7 @@ def prepare(op: Op, values: Tensor, indices: Tensor) -> None:
     """Compresses a packed weight ahead of the calls of `op`, where these go to cuSPARSELt, or again, after a write."""
     dtype = values.dtype if values.element_size() > 1 else torch.bfloat16
     case = Case(values.device.type, dtype, None, len(values), 2 * values.shape[1], capability=capability(values.device))
-    if any(op.choose(replace(case, M=M)).name == "cusparselt" for M in (1, ENDLESS)):
+    if any(op.choose(replace(case, M=M)).name == "cusparselt" for M in (FROM_TOKENS, ENDLESS)):
         compressed(values, indices)
 
 

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cuda_scaled_linear, cusparselt, linear, sparse24
+from .cusparselt import FROM_TOKENS
 from .linear import LinearOp
 from .op import Case, Op
 from .sparse24 import decompress
-
-FROM_TOKENS = 256  # where a sparse product overtakes a dense one: below, both wait for the weight
 
 sparse24_linear = LinearOp("sparse24_linear(Tensor x, Tensor values, Tensor indices, Tensor? bias=None) -> Tensor")
 sparse24_linear.fake(sparse24_linear.like)
