@@ -34,7 +34,7 @@ class Float8DynamicPass(SchemePass):
     def rewrite(self, site: Site, program: Program, context: Context) -> None:
         scheme = site.scheme
         assert isinstance(scheme, Float8Dynamic)
-        settings: dict[str, Any] = {"granularity": scheme.granularity, "algorithm": scheme.algorithm}
+        settings: dict[str, Any] = {"granularity": scheme.granularity}
         names, quantize, largest = ["q", "scale"], QUANTIZE[scheme.granularity], None
         if scheme.calibrated:
             largest = max(context.statistics[leaf].absmax for leaf in Expression.of(site.weight).leaves)
