@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .errors import RecipeError
-from .kernels import float8
 from .kernels.prune24 import METHODS
 from .kernels.quantized_activation import BLOCK
 from .kernels.rounding import ALGORITHMS, GROUP_SIZES
@@ -125,17 +124,9 @@ class Int4WeightOnly(Scheme):
 
 @dataclass(frozen=True)
 class Float8WeightOnly(Scheme):
-    """Weights in 8-bit floating point (e4m3), one scale per channel; activations and arithmetic as they were.
-
-    algorithm: how the scale of a channel is found: "minmax" (the largest weight becomes the largest code), "mse" (that,
-        or up to half of it, whatever minimises the squared error; nothing is clipped).
-    """
+    """Weights in 8-bit floating point (e4m3), one scale per channel; activations and arithmetic as they were."""
 
     preset: ClassVar[str] = "float8wo"
-    algorithm: str = "mse"
-
-    def __post_init__(self) -> None:
-        self.check("algorithm", float8.ALGORITHMS)
 
 
 @dataclass(frozen=True)
@@ -174,17 +165,14 @@ class Float8Dynamic(Scheme):
         a token, and 128 × 128 weights (DeepSeek-V3, 2024), where K must be a multiple of 128.
     activation: "dynamic", or "static": one scale for all tokens, from what `aograph.calibrate` saw; what is beyond it
         saturates. Not with blocks.
-    algorithm: as for float8wo, of the weights.
     """
 
     preset: ClassVar[str] = "float8dq"
     differentiable: ClassVar[bool] = False
     granularity: str = "row"
     activation: str = "dynamic"
-    algorithm: str = "mse"
 
     def __post_init__(self) -> None:
-        self.check("algorithm", float8.ALGORITHMS)
         self.check("granularity", ("row", "tensor", "block"))
         self.check("activation", ("dynamic", "static"))
         if self.granularity == "block" and self.activation == "static":
@@ -253,7 +241,7 @@ class Float8DynamicSparse24(Sparse, Float8Dynamic):
     """float8dq on weights that are 2:4.
 
     method: as for sparse24.
-    granularity: as for float8dq; with "block", products stay dense. activation: and algorithm: as for float8dq.
+    granularity: as for float8dq; with "block", products stay dense. activation: as for float8dq.
     """
 
     preset: ClassVar[str] = "float8dq-sparse24"

@@ -145,9 +145,7 @@ def sparse_float8(weights: Weights) -> tuple[Tensor, Tensor]:
 
 
 def ours(name: str, weight: Weight = plain) -> Entry:
-    """Its weight is rounded as the peers' is."""
-    text = name if name == "sparse24" else f"{name}(algorithm=minmax)"
-    return Entry(name, partial(recipe, text, weight), ours=True, anew=True)
+    return Entry(name, partial(recipe, name, weight), ours=True, anew=True)
 
 
 def peer(kind: str, build: Callable[[Weights, Tensor], Contender], part: bool = False) -> Entry:

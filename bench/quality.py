@@ -23,8 +23,7 @@ RECIPES = [f"int8wo(algorithm={a})" for a in ("minmax", "mse")] + [
     f"int4wo(group_size={g}, algorithm={a})" for g in (32, 64, 128) for a in ("minmax", "mse")
 ]
 RECIPES += ["int8dq", "int8dq(mapping=asymmetric)"]
-RECIPES += [f"float8wo(algorithm={a})" for a in ("minmax", "mse")]
-RECIPES += [f"float8dq(granularity={g})" for g in ("row", "tensor", "block")]
+RECIPES += ["float8wo"] + [f"float8dq(granularity={g})" for g in ("row", "tensor", "block")]
 RECIPES += [f"{scheme}(method={m})" for scheme in ("sparse24", "int8dq-sparse24") for m in ("magnitude", "wanda")]
 
 

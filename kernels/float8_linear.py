@@ -25,12 +25,9 @@ def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Case:
 
 
 @float8_linear.packing
-def pack(weight: Tensor, algorithm: str = "minmax") -> tuple[Tensor, Tensor]:
-    """weight [N, K] float -> q [N, K] float8_e4m3fn and scale [N] in the weight's dtype; no channel is clipped.
-
-    algorithm: a name in `float8.ALGORITHMS`; ValueError for any other.
-    """
-    q, scale = float8.pack(weight, (1, weight.shape[1]), weight.dtype, algorithm)
+def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [N, K] float -> q [N, K] float8_e4m3fn and scale [N] in the weight's dtype; no channel is clipped."""
+    q, scale = float8.pack(weight, (1, weight.shape[1]), weight.dtype)
     return q, scale.squeeze(1)
 
 

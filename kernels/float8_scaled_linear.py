@@ -46,17 +46,16 @@ def _(x, x_scale, q, scale, bias, dtype) -> Case:
 
 
 @float8_scaled_linear.packing
-def pack(weight: Tensor, granularity: str = "row", algorithm: str = "minmax") -> tuple[Tensor, Tensor]:
+def pack(weight: Tensor, granularity: str = "row") -> tuple[Tensor, Tensor]:
     """weight [N, K] float -> q [N, K] float8_e4m3fn and scale, fp32: [N], [1] or [ceil(N/128), K/128].
 
-    granularity: "row", "tensor" or "block"; algorithm: a name in `float8.ALGORITHMS`. ValueError for any other, and for
-    blocks where K is no multiple of 128.
+    granularity: "row", "tensor" or "block". ValueError for any other, and for blocks where K is no multiple of 128.
     """
     N, K = weight.shape
     tiles = {"row": (1, K), "tensor": (N, K), "block": (BLOCK, BLOCK)}
     if granularity not in tiles:
         raise ValueError(f"no granularity {granularity!r}; there are {', '.join(tiles)}")
-    q, scale = float8.pack(weight, tiles[granularity], torch.float32, algorithm)
+    q, scale = float8.pack(weight, tiles[granularity], torch.float32)
     return q, scale if granularity == "block" else scale.squeeze(1)
 
 

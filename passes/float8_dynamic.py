@@ -34,7 +34,7 @@ class Float8DynamicPass(ScaledSchemePass):
     def rewrite(self, site: Site, program: Program, context: Context) -> None:
         scheme = site.scheme
         assert isinstance(scheme, Float8Dynamic)
-        settings: dict[str, Any] = {"granularity": scheme.granularity, "algorithm": scheme.algorithm}
+        settings: dict[str, Any] = {"granularity": scheme.granularity}
         op, names = self.form(site)
         quantize, largest = QUANTIZE[scheme.granularity], None
         if scheme.calibrated:

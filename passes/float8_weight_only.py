@@ -21,4 +21,4 @@ class Float8WeightOnlyPass(SchemePass):
     scheme = Float8WeightOnly
 
     def rewrite(self, site: Site, program: Program, context: Context) -> None:
-        swap(program, site, Packing(float8_linear, site.scheme.settings(changed_only=False)))
+        swap(program, site, Packing(float8_linear, {}))

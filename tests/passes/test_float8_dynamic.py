@@ -39,7 +39,7 @@ def materialized(program):
 
 def linear(x, weight, bias=None, granularity="row"):
     activation = QUANTIZE[granularity](x)
-    packed = float8_scaled_linear.pack(weight, granularity, "mse")
+    packed = float8_scaled_linear.pack(weight, granularity)
     return float8_scaled_linear.float8_scaled_linear(activation.x, activation.x_scale, *packed, bias, x.dtype)
 
 
@@ -93,7 +93,7 @@ def test_static_scales_come_from_statistics():
     program = materialized(rewritten(lambda m, x: F.linear(x, m.w), X, recipe=recipe, w=W))
     x_scale = program.graph_module.w_x_scale
     assert torch.equal(x_scale, torch.tensor([2 / 448]))
-    packed = float8_scaled_linear.pack(W, "row", "mse")
+    packed = float8_scaled_linear.pack(W, "row")
     x = Float8PerTensor(2 / 448)(X).x
     expected = float8_scaled_linear.float8_scaled_linear(x, x_scale, *packed, None, torch.float32)
     torch.testing.assert_close(outputs(program, X)[0], expected)

@@ -7,7 +7,6 @@ from aograph.kernels import float8_linear
 from aograph.kernels.float8 import FLOAT8
 from aograph.passes import Stage
 
-from aograph import Float8WeightOnly
 from aograph.weights import WeightStore
 from tests.programs import apply, operators, outputs, program_of, up_to
 from tests.small_models import MLP
@@ -15,9 +14,9 @@ from tests.small_models import MLP
 X, W = torch.randn(3, 64), torch.randn(48, 64)
 
 
-def rewritten(model, *inputs, recipe="float8wo", dynamic=False, **weights):
+def rewritten(model, *inputs, dynamic=False, **weights):
     program = program_of(model, *inputs, dynamic=dynamic, **weights)
-    apply(program, *up_to(Stage.QUANTIZE), "eliminate_dead_code", recipe=recipe)
+    apply(program, *up_to(Stage.QUANTIZE), "eliminate_dead_code", recipe="float8wo")
     return program
 
 
@@ -37,16 +36,8 @@ def test_every_shape_of_x(shape, bias, dynamic):
     x, b = torch.randn(shape), torch.randn(48)
     program = materialized(rewritten(forward, x, dynamic=dynamic, w=W, b=b))
     assert operators(program) == {"aograph.float8_linear": 1}
-    expected = F.linear(x, float8_linear.unpack(*float8_linear.pack(W, "mse")), b if bias else None)
+    expected = F.linear(x, float8_linear.unpack(*float8_linear.pack(W)), b if bias else None)
     torch.testing.assert_close(outputs(program, x)[0], expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("algorithm", ["minmax", "mse"])
-def test_the_algorithm_reaches_the_packing(algorithm):
-    program = materialized(rewritten(lambda m, x: F.linear(x, m.w), X, recipe=Float8WeightOnly(algorithm), w=W))
-    q, scale = float8_linear.pack(W, algorithm)
-    state = dict(program.graph_module.named_buffers())
-    assert torch.equal(state["w_q"].float(), q.float()) and torch.equal(state["w_scale"], scale)
 
 
 def test_the_row():
@@ -70,5 +61,5 @@ def test_merged_siblings_share_one_pack():
     (pack,) = both.packs.values()
     assert pack.names == ("w_v_q", "w_v_scale")
     for y, weight in zip(outputs(materialized(both), X), (W, v), strict=True):
-        expected = F.linear(X, float8_linear.unpack(*float8_linear.pack(weight, "mse")))
+        expected = F.linear(X, float8_linear.unpack(*float8_linear.pack(weight)))
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
