@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from aograph.kernels import linear
 from aograph.kernels.float8 import FLOAT8
 from aograph.kernels.float8_linear import float8_linear, pack, unpack
 from aograph.kernels.op import Case
@@ -42,7 +43,8 @@ def test_shapes_that_are_no_whole_vectors():
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)])
-def test_the_plan_on_a_gpu(capability):
+def test_the_plan_on_a_gpu(capability, monkeypatch):
+    monkeypatch.setattr(linear, "TRITON", True)
     case = Case("cuda", torch.bfloat16, None, 4096, 4096, None, capability)
     assert float8_linear.plan(case, 128, None) == "dequantize"
     assert float8_linear["triton"].supports(Case("cuda", torch.bfloat16, 1, 4096, 4096, None, capability)) is True
