@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
 import inspect
 import json
 import os
-import re
 import sys
 import tempfile
 import warnings
@@ -19,21 +17,18 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import nn
-from tqdm import tqdm
 
-from . import artifact, export, huggingface, reproducer
+from . import artifact, export, huggingface, reproducer, tune
 from .calibrate import calibrate
 from .errors import AographError, InputError
-from .kernels import cache, cuda, cuda_linear, nvrtc, tuning
+from .kernels import cache, cuda, nvrtc, plans
 from .kernels.int4_linear import GROUP_SIZES
 from .kernels.op import OPS
-from .optimize import OptimizedModule, call_of, device_of, explain, optimize, rewrite
-from .pipeline import packed_linears
+from .optimize import OptimizedModule, explain, optimize, rewrite
 from .recipe import SHIPPED, Recipe
 from .schemes import PRESETS
 
 MODEL_HELP = """a Hugging Face folder, or module:factory, where the factory returns (model, example inputs)"""
-BITS = {"int4_linear": 4, "int8_linear": 8}  # of the weights of the ops that `tune` measures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,10 +93,10 @@ def parser() -> argparse.ArgumentParser:
     added = command(run_tune, "tune")
     added.add_argument("model", nargs="?", help=f"{MODEL_HELP}; its linears are measured")
     added.add_argument("--shapes", nargs="+", default=[], metavar="NxK", help="out and in features, as in 6144x4096")
-    added.add_argument(
-        "--bits", nargs="+", type=int, choices=BITS.values(), default=[*BITS.values()], help="of weights"
-    )
-    added.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=64, help="of weights of 4 bits")
+    added.add_argument("--schemes", nargs="+", choices=tune.KINDS, default=["int4wo", "int8wo"], metavar="SCHEME",
+                       help=f"of the linears: {', '.join(tune.KINDS)}; default: the first two")  # fmt: skip
+    added.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=64, help="of weights under int4wo")
+    added.add_argument("--recipe", nargs="+", help="for the model, each as for optimize; default: those of --schemes")
     added.add_argument("--device", default="cuda", help="the GPU to measure on")
     added.add_argument("--output", type=Path, help="a file for the plans; default: where they are looked for")
     added.set_defaults(dtype=None, tokens=32)
@@ -187,26 +182,22 @@ def run_serve(options: argparse.Namespace) -> None:
 
 def run_tune(options: argparse.Namespace) -> int:
     """Measure on a GPU which plan of the CUDA C++ kernels is fastest for a model's linears, or for shapes; keep it."""
-    device, path = gpu(options.device), options.output or cuda_linear.tuned()
-    check_plans(path)
-    linears = linears_to_tune(options)
-    about = {
-        "gpu": torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-    rows, failures = [], []
-    with torch.cuda.device(device):
-        for bits, N, K, group_size in tqdm(linears, "measuring", unit="shape", disable=None, leave=False):
-            try:
-                plans, told = measure(bits, N, K, group_size)
-            except RuntimeError as error:
-                failures.append(f"nothing is kept for {N}x{K} in {bits} bits: {error}")
-                continue
-            tuning.keep(path, bits, (N, K), plans, about)
-            rows += told
+    device, path = tune.gpu(options.device), options.output or plans.tuned()
+    tune.check_plans(path)
+    check_writable(path.parent)
+    if options.recipe and not options.model:
+        raise InputError("--recipe says what becomes of the linears of a model: give one, or --schemes for --shapes")
+    presets = [f"int4wo(group_size={options.group_size})" if each == "int4wo" else each for each in options.schemes]
+    recipes = [Recipe.of(each) for each in options.recipe or presets]
+    linears = tune.of_shapes(options.shapes, options.schemes, options.group_size)
+    if options.model:
+        model, inputs = load(options)
+        linears += [linear for recipe in recipes for linear in tune.of_model(model, inputs, recipe, device)]
+    if not linears:
+        raise InputError("there is no linear to measure: give a model that has some, --shapes, or both")
+    rows, failures = tune.tune(linears, device, path)
     if rows:
-        headers = ["shape", "bits", "M", "plan", "µs", "µs of dequantizing"]
+        headers = ["shape", "scheme", "M", "plan", "µs", "against", "µs"]
         print(f"{tabulate(rows, headers, floatfmt='.1f')}\nwrote {path}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
@@ -275,84 +266,6 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, Any]:
     if inputs is None:
         raise InputError(f"{options.model!r} gives no example inputs: return (model, example_inputs)")
     return model.to(dtype) if dtype else model, inputs
-
-
-def gpu(name: str) -> torch.device:
-    """The GPU of that name. Raises `InputError` where the CUDA C++ kernels do not run on it."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device {name!r} is none that torch knows: {error}") from None
-    here = tuning.available(device)
-    if here is not True:
-        raise InputError(f"nothing can be measured on {name!r}: {here}; run this on the GPU that is to be tuned for")
-    return device
-
-
-def measure(bits: int, N: int, K: int, group_size: int | None) -> tuple[list[tuning.Plan | None], list[list[Any]]]:
-    """The fastest plans of a linear, and a row of the table for each: shape, bits, M, plan, µs, µs of dequantizing."""
-    times: dict[tuple[int, tuning.Plan | None], float] = {}
-
-    def each(M: int, microseconds: float, error: float, plan: tuning.Plan | None) -> None:
-        times[M, plan] = microseconds
-
-    plans = tuning.fastest(bits, N, K, group_size, each=each)
-    measured = zip(tuning.MEASURED, plans, strict=True)
-    return plans, [[f"{N}x{K}", bits, M, tuning.words(plan), times[M, plan], times[M, None]] for M, plan in measured]
-
-
-def linears_to_tune(options: argparse.Namespace) -> list[tuple[int, int, int, int | None]]:
-    """Bits, N, K and group size (None at 8 bits) of what the command line asks for, each once.
-
-    Raises `InputError` for shapes that are none or that the kernels do not take, and where there is nothing to measure;
-    warns of linears of the model that the kernels do not take.
-    """
-    groups = {4: options.group_size, 8: None}
-    wanted = [(bits, *shape(text), groups[bits]) for text in options.shapes for bits in options.bits]
-    for bits, N, K, group_size in wanted:
-        if (reason := tuning.takes(bits, N, K, group_size)) is not True:
-            raise InputError(f"the kernels do not take {N}x{K} in {bits} bits: {reason}")
-    for linear in linears_of_model(options) if options.model else []:
-        if (reason := tuning.takes(*linear)) is True:
-            wanted.append(linear)
-        else:
-            bits, N, K, _ = linear
-            warnings.warn(f"{N}x{K} in {bits} bits is not measured: {reason}", stacklevel=2)
-    if not wanted:
-        raise InputError("there is no linear to measure: give a model that has some, --shapes, or both")
-    return list(dict.fromkeys(wanted))
-
-
-def linears_of_model(options: argparse.Namespace) -> list[tuple[int, int, int, int | None]]:
-    """Bits, N, K and group size of the linears that the model has once recipes have merged them."""
-    recipes = {4: f"int4wo(group_size={options.group_size})", 8: "int8wo"}
-    model, inputs = load(options)
-    found = []
-    for bits in options.bits:
-        captured, _ = rewrite(model, Recipe.of(recipes[bits]), *call_of(inputs), None, device_of(model))
-        cases = [(BITS[op.name], case) for op, case in packed_linears(captured.program)]
-        found += [(bits, case.N, case.K, case.group_size) for bits, case in cases]
-    return list(dict.fromkeys(found))
-
-
-def shape(text: str) -> tuple[int, int]:
-    """N and K. Raises `InputError` for what is no shape."""
-    found = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", text)
-    if found is None:
-        raise InputError(f"{text!r} is no shape: give out and in features, as in 6144x4096")
-    return int(found[1]), int(found[2])
-
-
-def check_plans(path: Path) -> None:
-    """Raises `InputError` where plans cannot be added to a file, before any is measured."""
-    try:
-        if path.exists():
-            cuda_linear.read(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} is no file of plans, and is left as it is: {error!r}; delete it, or give another --output"
-        ) from error
-    check_writable(path.parent)
 
 
 def check_writable(folder: Path) -> None:

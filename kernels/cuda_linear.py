@@ -7,8 +7,7 @@ tokens (the upper ends of TOKENS) and keeps them in the cache folder, ahead of t
 """
 
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
-from pathlib import Path
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from . import cuda, plans
 from .op import Case, need
 
-NAME = "sm_90"  # of the files of plans
+KINDS = {4: "int4wo", 8: "int8wo"}  # of linears, as their plans are filed, by the bits of a weight
 BITS = {torch.uint8: 4, torch.int8: 8}  # of the codes of a packed weight
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1 << 24)  # a plan holds up to so many
 CAPABILITIES = {(9, 0)}  # wgmma is of this generation alone
@@ -98,6 +97,10 @@ class Plan:
             (not gated or self.channels % (2 * half) == 0, "a block has too few channels for a gate"),
             (not gated or N % (2 * half) == 0, f"half of N is not a multiple of {half}"),
         )
+
+    def __str__(self) -> str:
+        size = f"{self.kernel}, {self.channels} channels × {self.tokens} token{'s' * (self.tokens > 1)}"
+        return f"{size}, {self.blocks} blocks share K" if self.blocks > 1 else size
 
     def fits(self, N: int, K: int, bits: int, group_size: int | None) -> bool:
         """Whether the kernel can run so, for this shape."""
@@ -254,26 +257,8 @@ def _no_more_than(blocks: int) -> int:
 def plan(bits: int, M: int, N: int, K: int, group_size: int | None) -> Plan | str:
     """The plan for M tokens: that of the nearest shape that was measured. Or the reason why there is none."""
     bucket = next(i for i, most in enumerate(TOKENS) if most >= M)
-    found = plans.nearest(table(bits), bucket, N, K, lambda each: each.fits(N, K, bits, group_size))
+    measured = plans.table(KINDS[bits], Plan)
+    found = plans.nearest(measured, bucket, N, K, lambda each: each.fits(N, K, bits, group_size))
     if not found:
         return "no plan that fits was measured: `aograph tune` does that"
     return found[0] or "dequantizing was faster for so many tokens"
-
-
-@cache
-def table(bits: int) -> dict[tuple[int, int], list[Plan | None]]:
-    """For each shape (N, K) that was measured, its plans by TOKENS."""
-    return plans.known((shipped(), tuned()), Plan).get(f"int{bits}", {})
-
-
-shipped, tuned = partial(plans.shipped, NAME), partial(plans.tuned, NAME)
-
-
-def read(path: Path) -> dict[int, dict[tuple[int, int], list[Plan | None]]]:
-    """By bits and shape; see `plans.read`."""
-    return {int(kind.removeprefix("int")): shapes for kind, shapes in plans.read(path, Plan).items()}
-
-
-def write(path: Path, found: dict[int, dict[tuple[int, int], list[Plan | None]]], about: dict[str, str]) -> None:
-    """The file that `read` reads; see `plans.write`."""
-    plans.write(path, {f"int{bits}": shapes for bits, shapes in found.items()}, about)

@@ -1,8 +1,8 @@
 """Linear layers on quantized activations, and on 2:4 sparse weights, for CUDA, in CUDA C++: `scaled_linear.cu`.
 
 The tensor cores multiply codes of 8 bits as they are, or half precision where only the weight is sparse; scales, zero
-points and bias meet the sums in registers. Which sizes are best for a shape was measured (`tuned/scaled-sm_90.json`, on
-an H200); of a shape that was not, those of the nearest. Nothing is measured at run time.
+points and bias meet the sums in registers. Which sizes are best for a shape is measured, as for `cuda_linear.py`, and
+kept in the same files; other shapes take those of the nearest. Nothing is measured at run time.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,17 @@ from . import cuda, plans
 from .cuda_linear import CAPABILITIES, SHARED
 from .op import Case, need
 
-NAME = "scaled-sm_90"  # of the files of plans
 TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 1 << 24)  # a plan holds up to so many
 AWAY = 128  # tokens of y that leave at a time
-KINDS = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.bfloat16: 2, torch.float16: 2}  # of x and the weight
+CODES = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.bfloat16: 2, torch.float16: 2}  # of x and the weight
+KINDS = {  # of linears, as their plans are filed, by the codes and whether the weight is 2:4
+    (torch.int8, False): "int8dq",
+    (torch.float8_e4m3fn, False): "float8dq",
+    (torch.bfloat16, True): "sparse24",
+    (torch.float16, True): "sparse24",
+    (torch.int8, True): "int8dq-sparse24",
+    (torch.float8_e4m3fn, True): "float8dq-sparse24",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class ScaledPlan:
 
     def defines(self, codes: torch.dtype, sparse: bool, scales: torch.dtype, y: torch.dtype) -> dict[str, int]:
         return {
-            "KIND": KINDS[codes],
+            "KIND": CODES[codes],
             "SPARSE": int(sparse),
             "HALF": int(y is torch.float16),
             "WIDE_SCALES": int(scales is torch.float32),
@@ -81,6 +88,12 @@ class ScaledPlan:
         row = (self.channels + 8) * 4
         return 1024 + max(ring, self.tokens * row) + (self.share - 1) * -(-self.tokens // self.share) * row
 
+    def __str__(self) -> str:
+        size = f"{self.channels} channels × {self.tokens} tokens"
+        if self.share > 1:
+            return f"{size}, {self.share} blocks share K"
+        return f"{size}, {self.neighbours} blocks share x" if self.neighbours > 1 else size
+
     def fits(self, N: int, K: int, itemsize: int, sparse: bool) -> bool:
         """Whether the kernel can run so, for a weight [N, K] of items of so many bytes."""
         step = self.step(itemsize)
@@ -89,38 +102,31 @@ class ScaledPlan:
         return even and -(-K // step) >= self.share and self.shared(itemsize, sparse) <= SHARED
 
 
-def kind(codes: torch.dtype, sparse: bool) -> str:
-    """How plans are filed: "int8", "float8-sparse24", "half-sparse24" …"""
-    name = {0: "int8", 1: "float8", 2: "half"}[KINDS[codes]]
-    return f"{name}-sparse24" if sparse else name
+def sizes(codes: torch.dtype, sparse: bool, N: int, K: int) -> list[tuple[bool, str]]:
+    """What the kernel asks of a shape, for `need`."""
+    unit = 128 if sparse else 16 // codes.itemsize  # rows of what is copied are multiples of 16 bytes
+    return [(K % unit == 0, f"K is not a multiple of {unit}"), (N % 8 == 0, "N is not a multiple of 8")]
 
 
 @lru_cache(maxsize=4096)
 def plan(codes: torch.dtype, sparse: bool, M: int, N: int, K: int) -> ScaledPlan | str:
     """The plan for M tokens: that of the nearest shape that was measured. Or the reason why there is none."""
     bucket = next(i for i, most in enumerate(TOKENS) if most >= M)
-    measured = table().get(kind(codes, sparse), {})
+    measured = plans.table(KINDS[codes, sparse], ScaledPlan)
     found = plans.nearest(measured, bucket, N, K, lambda each: each.fits(N, K, codes.itemsize, sparse))
     if not found:
-        return "no plan that fits was measured"
+        return "no plan that fits was measured: `aograph tune` does that"
     return found[0] or "others were faster for so many tokens"
-
-
-@cache
-def table() -> plans.Measured[ScaledPlan]:
-    return plans.known([plans.shipped(NAME)], ScaledPlan)
 
 
 def supports(case: Case, codes: torch.dtype, sparse: bool = False) -> bool | str:
     """Whether the kernel takes the case, with x of such codes."""
-    unit = 128 if sparse else 16 // codes.itemsize  # rows of what is copied are multiples of 16 bytes
     here = need(
         (case.device == "cuda", "runs on CUDA only"),
         (case.capability in CAPABILITIES, "is written for compute capability 9.0"),
         (case.dtype in (torch.bfloat16, torch.float16), "gives bf16 and fp16 y only"),
         (case.group_size is None, "has no scales of blocks"),
-        (case.K % unit == 0, f"K is not a multiple of {unit}"),
-        (case.N % 8 == 0, "N is not a multiple of 8"),
+        *sizes(codes, sparse, case.N, case.K),
         (case.M is not None, "M is unknown"),
     )
     if here is True:

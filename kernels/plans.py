@@ -1,61 +1,68 @@
-"""Plans of kernels that were measured, in files: by what is multiplied, shape and number of tokens."""
+"""Plans of kernels that were measured, in files: by what is multiplied, shape and number of tokens.
+
+Kinds of linears are named as the presets that make them. What was measured here, in a file of the cache folder, comes
+ahead of what was measured on an H200 and comes with the package.
+"""
 
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from math import log
 from pathlib import Path
 from typing import Any, TypeVar
 
 from . import cache as files
 
+NAME = "sm_90"  # of the files: what the kernels are written for
 P = TypeVar("P")
-Measured = dict[str, dict[tuple[int, int], list[P | None]]]  # by kind and shape (N, K); for each bucket of tokens
+Measured = dict[tuple[int, int], list[P | None]]  # by shape (N, K); for each bucket of tokens
 
 
-def shipped(name: str) -> Path:
+def shipped() -> Path:
     """Those that come with the package."""
-    return Path(__file__).parent / "tuned" / f"{name}.json"
+    return Path(__file__).parent / "tuned" / f"{NAME}.json"
 
 
-def tuned(name: str) -> Path:
+def tuned() -> Path:
     """Those that were measured here."""
-    return files.folder() / f"tuned-{name}.json"
+    return files.folder() / f"tuned-{NAME}.json"
 
 
-def known(paths: Sequence[Path], plan: type[P]) -> Measured[P]:
-    """All plans in those of the files that are there, the later ahead of the earlier."""
+@cache
+def table(kind: str, plan: type[P]) -> Measured[P]:
+    """All plans of a kind, those measured here ahead of those that come with the package."""
     plans: Measured[P] = {}
-    for path in paths:
+    for path in (shipped(), tuned()):
         if path.exists():
             try:
-                for kind, shapes in read(path, plan).items():
-                    plans[kind] = plans.get(kind, {}) | shapes
+                plans |= read(path, kind, plan)
             except (ValueError, KeyError, TypeError, AttributeError) as error:  # never a reason to stop
-                warnings.warn(f"{path} is no file of plans and is ignored: {error}; delete it", stacklevel=2)
+                warnings.warn(f"{path} is no file of plans and is ignored: {error!r}; delete it", stacklevel=2)
     return plans
 
 
-def read(path: Path, plan: type[P]) -> Measured[P]:
-    """The plans in a file that `write` wrote. Of another ValueError, KeyError, TypeError or AttributeError."""
+def read(path: Path, kind: str, plan: type[P]) -> Measured[P]:
+    """The plans of a kind in a file that `add` wrote. Of another ValueError, KeyError, TypeError or AttributeError."""
     return {
-        kind: {
-            tuple(int(size) for size in shape.split("x")): [None if each is None else plan(**each) for each in plans]
-            for shape, plans in shapes.items()
-        }
-        for kind, shapes in json.loads(path.read_text())["plans"].items()
+        tuple(int(size) for size in shape.split("x")): [
+            None if each is None else plan(**each) for each in found["plans"]
+        ]
+        for shape, found in json.loads(path.read_text())["measured"].get(kind, {}).items()
     }
 
 
-def write(path: Path, plans: Mapping[str, Mapping[tuple[int, int], Sequence[Any]]], about: Mapping[str, str]) -> None:
-    """about: where and when they were measured."""
-    shapes = {
-        kind: {f"{N}x{K}": [None if each is None else asdict(each) for each in found] for (N, K), found in each.items()}
-        for kind, each in plans.items()
-    }
+def add(path: Path, kind: str, shape: tuple[int, int], plans: Sequence[Any | None], about: Mapping[str, str]) -> None:
+    """Adds the plans of a shape (N, K) to a file, which need not exist yet, in place of older ones.
+
+    about: where and when they were measured. Raises OSError, and what `read` does of a file that is none.
+    """
+    content = json.loads(path.read_text()) if path.exists() else {"measured": {}}
+    found = {**about, "plans": [None if each is None else asdict(each) for each in plans]}
+    content["measured"].setdefault(kind, {})["{}x{}".format(*shape)] = found
     with files.written_whole(path) as partial:
-        partial.write_text(json.dumps({"about": about, "plans": shapes}, indent=1) + "\n")
+        partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def nearest(

@@ -1,15 +1,14 @@
-"""Measures which plan of `scaled_linear.cu` is fastest for a shape, and whether what stands against it is faster.
+"""Measures which plan of `scaled_linear.cu` is fastest for a shape, by the means of tuning.py.
 
-As tuning.py does: every candidate is checked, then timed in a CUDA graph whose calls read other copies of the weight.
 The products alone are timed, of quantized activations. Against them stand cuBLASLt for float8; the plain linear for
-sparse half precision; for other sparse weights the dense product of the same codes.
+sparse half precision; for other sparse weights the dense product of the same codes. A linear whose weight is sparse
+cannot take a dense product at run time: it has the fastest plan all the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +17,13 @@ from torch import Tensor
 from . import cuda_scaled_linear, sparse24
 from .cuda_linear import SHARED
 from .cuda_scaled_linear import TOKENS, ScaledPlan
-from .tuning import cold, time_calls
+from .float8_scaled_linear import float8_scaled_linear
+from .op import need
+from .tuning import Way, cold, compile_all, least, times
 
 MEASURED = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens, for each of TOKENS
-TOLERANCE = 1e-2  # of the error in the norm, in bf16
 STAGES = 8  # at most
-Each = Callable[[int, float, float, ScaledPlan | None], Any]
+HALF = torch.bfloat16  # what y is of
 
 
 class Codes(NamedTuple):
@@ -89,21 +89,23 @@ def worthwhile(plan: ScaledPlan, N: int, K: int, M: int, itemsize: int) -> bool:
     return many and blocks >= multiprocessors // 3 and K // plan.step(itemsize) // plan.share >= 4
 
 
-def rival(codes: torch.dtype, sparse: bool, made: Codes) -> Callable[..., Tensor] | None:
-    """What else multiplies, as a function of the packed parts q, indices and scale; None where that is far slower."""
-    x, x_scale = made.x, made.x_scale
-    if codes is torch.float8_e4m3fn and not sparse:
-        scaled_mm = partial(torch._scaled_mm, out_dtype=torch.bfloat16, use_fast_accum=True)
-        return lambda q, indices, scale: scaled_mm(x, q.T, x_scale, scale[None])
-    return (lambda q, indices, scale: F.linear(x, q)) if codes.itemsize == 2 else None
+def takes(codes: torch.dtype, sparse: bool, N: int, K: int, group_size: int | None = None) -> bool | str:
+    """True where the kernel takes a weight [N, K] of such codes, else why not. group_size: codes that share a scale."""
+    return need((group_size is None, "there are no scales of blocks"), *cuda_scaled_linear.sizes(codes, sparse, N, K))
 
 
 def fastest(
-    codes: torch.dtype, sparse: bool, N: int, K: int, tokens: Sequence[int | None] = MEASURED, each: Each = print
+    codes: torch.dtype,
+    sparse: bool,
+    N: int,
+    K: int,
+    tokens: Sequence[int | None] = MEASURED,
+    each: Callable = print,
+    device: str = "cuda",
 ) -> list[ScaledPlan | None]:
-    """The plan for each of TOKENS, measured at `tokens` (None: not); None where something else is faster.
+    """The plan for each of TOKENS, measured at `tokens` (None: not); None where cuBLASLt is faster.
 
-    each: told (M, µs, error, plan) of all that is measured, of what stands against the kernel (None) too.
+    each: as for `tuning.times`. device: where the tensors are.
 
     Raises:
         RuntimeError: a kernel is wrong, or does not compile or run; the message names the plan where it is wrong.
@@ -113,58 +115,42 @@ def fastest(
         if M is None:
             chosen.append(None)
             continue
-        made = draw(codes, sparse, M, N, K)
-        y = expected(made)
+        made = draw(codes, sparse, M, N, K, device)
         fitting = [plan for plan in candidates(codes, sparse, most) if plan.fits(N, K, codes.itemsize, sparse)]
-        tried = [plan for plan in fitting if worthwhile(plan, N, K, M, codes.itemsize)]
-        compile_all(tried, codes, sparse, made)
-        found = enumerate(measured(codes, sparse, made, y, tried, each))
-        times = [(microseconds, i, plan) for i, (microseconds, plan) in found]
-        chosen.append(min(times)[2])
+        tried = [plan for plan in fitting if worthwhile(plan, N, K, M, codes.itemsize)] or fitting
+        scales = torch.float32 if made.scale is None else made.scale.dtype
+        compile_all(("scaled_linear.cu", "scaled_linear", plan.defines(codes, sparse, scales, HALF)) for plan in tried)
+        copies = cold([made.q, made.indices, made.scale])
+        ways = [Way(plan, partial(multiply, plan, made), copies) for plan in tried]
+        if (other := rival(codes, sparse, made)) is not None:
+            ways.insert(0, Way(None, other, cold([made.weight, None, made.scale])))
+        found = times(ways, made.x, expected(made), each)
+        chosen.append(least([(us, plan) for us, plan in found if plan] if sparse else found))
     return chosen
 
 
-def measured(
-    codes: torch.dtype, sparse: bool, made: Codes, y: Tensor, tried: Sequence[ScaledPlan], each: Each
-) -> Iterator[tuple[float, ScaledPlan | None]]:
-    """Microseconds of each plan, and of what stands against them."""
-    x, x_scale, *packed, weight = made
-
-    def call(plan: ScaledPlan, q: Tensor, indices: Tensor | None, scale: Tensor | None) -> Tensor:
-        return cuda_scaled_linear.run(plan, x, x_scale, None, q, indices, scale, None, None, torch.bfloat16)
-
-    ways: list[tuple[ScaledPlan | None, Callable, list]] = [(plan, partial(call, plan), packed) for plan in tried]
-    other = rival(codes, sparse, made)
-    if sparse and codes.itemsize == 1:
-        dense = cuda_scaled_linear.plan(codes, False, len(x), *weight.shape)
-        if isinstance(dense, ScaledPlan):
-            ways.append((None, partial(call, dense), [weight, None, made.scale]))
-    elif other is not None:
-        ways.append((None, other, [weight, None, made.scale]))
-    rounds: dict[int, list[list]] = {}
-    for plan, way, parts in ways:
-        out = way(*parts)
-        error = ((out.float() - y).norm() / y.norm()).item()
-        if plan and not error < TOLERANCE:
-            raise RuntimeError(
-                f"{plan} is wrong by {error:.1e} for x {list(x.shape)} and a weight {list(weight.shape)}"
-            )
-        if id(parts[0]) not in rounds:
-            more = cold([part for part in parts if part is not None]) - 1
-            copies = [[None if part is None else part.clone() for part in parts] for _ in range(more)]
-            rounds = {id(parts[0]): [parts, *copies]}
-        microseconds = time_calls([partial(way, *copy) for copy in rounds[id(parts[0])]])
-        each(len(x), microseconds, error, plan)
-        yield microseconds, plan
+def multiply(
+    plan: ScaledPlan, made: Codes, q: Tensor, indices: Tensor | None, scale: Tensor | None, dependent: bool = True
+) -> Tensor:
+    """y by a plan, of x and a copy of the packed weight."""
+    x, x_scale = made.x, made.x_scale
+    return cuda_scaled_linear.run(plan, x, x_scale, None, q, indices, scale, None, None, HALF, dependent)
 
 
-def compile_all(tried: Sequence[ScaledPlan], codes: torch.dtype, sparse: bool, made: Codes) -> None:
-    """Fills the cache of compiled kernels, on all cores."""
-    scales = torch.float32 if made.scale is None else made.scale.dtype
-    with ThreadPoolExecutor() as pool:
-        compiled = [
-            pool.submit(cuda_scaled_linear.kernel, plan, codes, sparse, scales, torch.bfloat16, made.x.device)
-            for plan in tried
-        ]
-        for each in compiled:
-            each.result()
+def rival(codes: torch.dtype, sparse: bool, made: Codes) -> Callable[..., Tensor] | None:
+    """What else multiplies, of a copy of the weight as it is, no indices, and scales; None where that is far slower."""
+    x, x_scale, weight, scale = made.x, made.x_scale, made.weight, made.scale
+    if codes.itemsize == 2:
+        return lambda weight, *_: F.linear(x, weight)
+    dense = cuda_scaled_linear.plan(codes, False, len(x), *weight.shape) if sparse else None
+    if isinstance(dense, ScaledPlan):
+        return partial(multiply, dense, made)
+    if codes is not torch.float8_e4m3fn:
+        return None
+    case, cublaslt = (
+        float8_scaled_linear.case_of(x, x_scale, weight, scale, None, HALF),
+        float8_scaled_linear["cublaslt"],
+    )
+    if cublaslt.supports(case) is not True:
+        return None
+    return lambda weight, _, scale: cublaslt.function(x, x_scale, weight, scale, None, HALF)

@@ -1,23 +1,26 @@
-"""Measures which plan of the CUDA kernels, or dequantizing, is fastest for a shape: what `aograph tune` does.
+"""Measures which plan of a CUDA kernel is fastest for a shape, and whether what stands against it is faster.
 
-Every candidate is first checked against a product with the dequantized weight, then timed in a CUDA graph that reads
-another copy of the weight with each call, so that none is in the L2. Its time is the mean of two: of calls that may
-start before the one ahead has ended, as behind another of our kernels, and of calls that may not, as behind any other
-kernel. The least wins; a kernel that is wrong is an error, not a slow one. The GPU is torch's current one.
+Every candidate is first checked against a product with the weight as it is, then timed in a CUDA graph that reads
+another copy of the packed weight with each call, so that none is in the L2. Its time is the mean of two: of calls that
+may start before the one ahead has ended, as behind another of our kernels, and of calls that may not, as behind any
+other kernel. The least wins; a kernel that is wrong is an error, not a slow one. The GPU is torch's current one.
+
+What is measured here are linears on weights of 4 or 8 bits, against dequantizing; those of `scaled_linear.cu` are in
+scaled_tuning.py.
 """
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import cuda, cuda_linear, int4_linear, int8_linear
+from . import cuda, cuda_linear, cuda_scaled_linear, int4_linear, int8_linear, plans
 from .cuda_linear import CAPABILITIES, STEP, TOKENS, Plan
 from .op import OPS, capability, need
 
@@ -39,12 +42,10 @@ def available(device: torch.device) -> bool | str:
     return cuda.available(found) if found in CAPABILITIES else "the kernels are written for compute capability 9.0"
 
 
-def takes(bits: int, N: int, K: int, group_size: int | None) -> bool | str:
-    """True where the kernels take a weight [N, K] of so many bits, else why not. group_size: None for int8."""
-    return need(
-        *cuda_linear.sizes(N, K),
-        (bits == 8 or K % (group_size or 1) == 0, f"K is not a multiple of the group size {group_size}"),
-    )
+def takes(bits: int, N: int, K: int, group_size: int | None = None) -> bool | str:
+    """True where the kernels take a weight [N, K] of so many bits, else why not."""
+    whole = K % (group_size or 1) == 0, f"K is not a multiple of the group size {group_size}"
+    return need(*cuda_linear.sizes(N, K), whole)
 
 
 def candidates(bits: int, tokens: int) -> Iterator[Plan]:
@@ -65,14 +66,14 @@ def fastest(
     bits: int,
     N: int,
     K: int,
-    group_size: int | None,
+    group_size: int | None = None,
     tokens: Sequence[int] = MEASURED,
     each: Callable = print,
     device: str = "cuda",
 ) -> list[Plan | None]:
     """The plan for each of TOKENS, measured at `tokens`; None where dequantizing is faster.
 
-    each: told (M, µs, error, plan) of all that is measured, of dequantizing (None) too. device: where the tensors are.
+    group_size: None for one scale for each channel. each: as for `times`. device: where the tensors are.
 
     Raises:
         RuntimeError: a kernel is wrong, or does not compile or run; the message names the plan where it is wrong.
@@ -82,37 +83,31 @@ def fastest(
         op, packed = int4_linear.int4_linear, int4_linear.pack(weight, group_size)
         dense, layout = int4_linear.unpack(*packed, group_size, N), (group_size, N)
     else:
-        op, packed = int8_linear.int8_linear, int8_linear.pack(weight)
+        op, packed = int8_linear.int8_linear, int8_linear.pack(weight, group_size=group_size)
         dense, layout = int8_linear.unpack(*packed), ()
     del weight
-    copies = [packed, *(tuple(part.clone() for part in packed) for _ in range(cold(packed) - 1))]
+    copies = cold(packed)
+
+    def dequantize(x: Tensor, q: Tensor, scales: Tensor) -> Tensor:
+        return op.run(x, q, scales, *layout, None, implementation="dequantize")
+
+    def run(plan: Plan, x: Tensor, q: Tensor, scales: Tensor, dependent: bool = True) -> Tensor:
+        return cuda_linear.run(plan, x, q, scales, None, N, group_size, dependent=dependent)
+
     chosen: list[Plan | None] = []
     for M, most in zip(tokens, TOKENS, strict=True):
         x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
-        expected = (x @ dense.T).float()
-        ways: list[tuple[Plan | None, Callable]] = [
-            (None, lambda q, s, x=x, **_: op.run(x, q, s, *layout, None, implementation="dequantize"))
+        fitting = [plan for plan in candidates(bits, most) if plan.fits(N, K, bits, group_size)]
+        tried = [plan for plan in fitting if worthwhile(plan, N, K, M)]
+        compile_all(
+            (f"{plan.kernel}_linear.cu", f"int{bits}_{plan.kernel}", plan.defines(bits, group_size) | {"HALF": 0})
+            for plan in tried
+        )
+        ways = [
+            Way(None, partial(dequantize, x), copies),
+            *(Way(plan, partial(run, plan, x), copies) for plan in tried),
         ]
-        plans = [
-            plan for plan in candidates(bits, most) if plan.fits(N, K, bits, group_size) and worthwhile(plan, N, K, M)
-        ]
-        compile_all(plans, bits, group_size)
-        for plan in plans:
-            run = partial(cuda_linear.run, plan)
-            ways.append((plan, lambda q, s, x=x, run=run, **how: run(x, q, s, None, N, group_size, **how)))
-        times: list[tuple[float, int, Plan | None]] = []
-        for i, (plan, way) in enumerate(ways):
-            y = way(*copies[0])
-            error = ((y.float() - expected).norm() / expected.norm()).item()
-            if not error < TOLERANCE:
-                raise RuntimeError(f"{plan} is wrong by {error:.1e} for x [{M}, {K}] and int{bits} weights [{N}, {K}]")
-            microseconds = statistics.mean(
-                time_calls([partial(way, *copy, dependent=dependent) for copy in copies])
-                for dependent in ((True, False) if plan else (True,))
-            )
-            times.append((microseconds, i, plan))
-            each(M, microseconds, error, plan)
-        chosen.append(min(times)[2])
+        chosen.append(least(times(ways, x, (x @ dense.T).float(), each)))
     return chosen
 
 
@@ -124,41 +119,65 @@ def worthwhile(plan: Plan, N: int, K: int, M: int) -> bool:
     return many and tiles * plan.blocks >= multiprocessors // 3 and K // STEP // plan.blocks >= 4
 
 
-def compile_all(plans: Sequence[Plan], bits: int, group_size: int | None) -> None:
-    """Fills the cache of compiled kernels, on all cores."""
+def compile_all(kernels: Iterable[tuple[str, str, Mapping[str, int]]]) -> None:
+    """Fills the cache of compiled kernels, each a file, a name in it and defines, on all cores."""
     device = torch.device("cuda", torch.cuda.current_device())
-    defines = {tuple((plan.defines(bits, group_size) | {"HALF": 0}).items()): plan.kernel for plan in plans}
+    distinct = {(file, name, tuple(defines.items())) for file, name, defines in kernels}
     with ThreadPoolExecutor() as pool:
-        for done in [
-            pool.submit(cuda.kernel, f"{kernel}_linear.cu", f"int{bits}_{kernel}", device, **dict(each))
-            for each, kernel in defines.items()
-        ]:
+        for done in [pool.submit(cuda.kernel, file, name, device, **dict(each)) for file, name, each in distinct]:
             done.result()
 
 
-def keep(path: Path, bits: int, shape: tuple[int, int], plans: list[Plan | None], about: dict[str, str]) -> None:
-    """Adds the plans of a shape (N, K) to a file, in place of older ones; calls in this process go by them at once.
+class Way(NamedTuple):
+    """A way to multiply: `call(*copy)` is y for each copy of the packed weight.
 
-    about: where and when they were measured. Raises OSError, and what `cuda_linear.read` does of a file that is none.
+    plan: of the kernel, whose calls also take `dependent`; None for what stands against them.
     """
-    kept = cuda_linear.read(path) if path.exists() else {}
-    cuda_linear.write(path, kept | {bits: kept.get(bits, {}) | {shape: plans}}, about)
-    for choice in (cuda_linear.table, cuda_linear.plan, *(op.choose for op in OPS.values())):
+
+    plan: Any | None
+    call: Callable[..., Tensor]
+    copies: Sequence[Sequence[Tensor | None]]
+
+
+def times(
+    ways: Iterable[Way], x: Tensor, expected: Tensor, each: Callable[[int, float, float, Any | None], Any]
+) -> list[tuple[float, Any | None]]:
+    """Microseconds of each way, and its plan.
+
+    expected: y [M, N] in fp32. each: told (M, µs, error in the norm, plan) of all that is measured.
+    Raises RuntimeError for a plan that is wrong.
+    """
+    found = []
+    for plan, call, copies in ways:
+        error = ((call(*copies[0]).float() - expected).norm() / expected.norm()).item()
+        if plan and not error < TOLERANCE:
+            of = f"{x.dtype} x {list(x.shape)} and y {list(expected.shape)}"
+            raise RuntimeError(f"{plan!r} is wrong by {error:.1e} for {of}")
+        starts: list[dict[str, bool]] = [{"dependent": True}, {"dependent": False}] if plan else [{}]
+        microseconds = statistics.mean(time_calls([partial(call, *copy, **how) for copy in copies]) for how in starts)
+        each(len(x), microseconds, error, plan)
+        found.append((microseconds, plan))
+    return found
+
+
+def least(found: Sequence[tuple[float, Any | None]]) -> Any | None:
+    """The plan of the least time, the first of such."""
+    return min(found, key=lambda each: each[0])[1]
+
+
+def keep(path: Path, kind: str, shape: tuple[int, int], found: Sequence[Any | None], about: Mapping[str, str]) -> None:
+    """`plans.add`; calls in this process go by what is added at once."""
+    plans.add(path, kind, shape, found, about)
+    for choice in (plans.table, cuda_linear.plan, cuda_scaled_linear.plan, *(op.choose for op in OPS.values())):
         choice.cache_clear()
 
 
-def words(plan: Plan | None) -> str:
-    """A plan for a reader: "small, 64 channels × 8 tokens, 2 blocks share K"."""
-    if plan is None:
-        return "dequantize"
-    size = f"{plan.kernel}, {plan.channels} channels × {plan.tokens} token{'s' * (plan.tokens > 1)}"
-    return f"{size}, {plan.blocks} blocks share K" if plan.blocks > 1 else size
-
-
-def cold(tensors: Sequence[Tensor]) -> int:
-    """How many copies of the tensors it takes that a round over them finds none in the L2."""
+def cold(packed: Sequence[Tensor | None]) -> list[Sequence[Tensor | None]]:
+    """The packed weight, and as many copies as it takes that a round over them finds none in the L2."""
     cache = torch.cuda.get_device_properties("cuda").L2_cache_size
-    return max(2, -(-3 * cache // sum(tensor.nbytes for tensor in tensors)))
+    nbytes = sum(part.nbytes for part in packed if part is not None)
+    more = max(1, -(-3 * cache // nbytes) - 1)
+    return [packed, *([None if part is None else part.clone() for part in packed] for _ in range(more))]
 
 
 def time_calls(calls: Sequence[Callable[[], Any]], replays: int = 7, least: float = 200) -> float:

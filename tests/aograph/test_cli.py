@@ -3,15 +3,18 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from aograph.kernels import cuda, cuda_linear, tuning
+from aograph.kernels import cuda, cuda_linear, cuda_scaled_linear, plans, tuning
 from aograph.kernels.cuda_linear import TOKENS, Plan
+from aograph.kernels.cuda_scaled_linear import ScaledPlan
 from safetensors.torch import load_file
 
 import aograph
-from aograph import Recipe
+from aograph import Recipe, tune
 from aograph.cli import main
 from aograph.recipe import SHIPPED
 from aograph.schemes import PRESETS
@@ -207,68 +210,111 @@ def test_what_cannot_be_calibrated(capsys, tmp_path, model, text, more, message)
 # --- tune ----------------------------------------------------------------------------------------------------------
 
 
-SMALL = Plan("small", 2, 2, 64, 8, 4)
+SMALL, SCALED = Plan("small", 2, 2, 64, 8, 4), ScaledPlan(1, 2, 4, 1, 128, 256, 8)
 
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
-    """What was measured, on a GPU that is not there: a plan is faster than dequantizing for few tokens only."""
+    """What was measured, on a GPU that is not there: a plan is faster than what stands against it for few tokens only.
+
+    Where nothing stands against it, it is taken for any number.
+    """
     calls = []
 
-    def fastest(bits, N, K, group_size, each):
-        calls.append((bits, N, K, group_size))
+    def fastest(name, kind, N, K, *group_size, each):
+        calls.append((name, N, K, *group_size))
+        plan = SMALL if kind.plan is Plan else SCALED
         if N == 1000:
-            raise RuntimeError(f"{SMALL} is wrong by 1.0e+00")
-        for M in tuning.MEASURED:
-            each(M, 20.0 + M, 1e-3, None)
-            each(M, 10.0 + 2 * M, 1e-3, SMALL)
-        return [SMALL if 10 + 2 * M < 20 + M else None for M in tuning.MEASURED]
+            raise RuntimeError(f"{plan!r} is wrong by 1.0e+00")
+        for M in kind.tokens:
+            if kind.rival:
+                each(M, 20.0 + M, 1e-3, None)
+            each(M, 10.0 + 2 * M, 1e-3, plan)
+        return [plan if 10 + 2 * M < 20 + M or not kind.rival else None for M in kind.tokens]
 
     monkeypatch.setenv("AOGRAPH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning, "available", lambda device: True)
-    monkeypatch.setattr(tuning, "fastest", fastest)
+    for name, kind in tune.KINDS.items():
+        monkeypatch.setitem(tune.KINDS, name, replace(kind, fastest=partial(fastest, name, kind)))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    cached = plans.table, cuda_linear.plan, cuda_scaled_linear.plan
+    for each in cached:
+        each.cache_clear()
     yield calls
     monkeypatch.undo()
-    for cached in (cuda_linear.table, cuda_linear.plan):
-        cached.cache_clear()
+    for each in cached:
+        each.cache_clear()
 
 
 def test_tune_shapes(capsys, measured):
     assert cuda_linear.plan(4, 1, 6144, 4096, 128) != SMALL
-    assert main(["tune", "--shapes", "6144x4096", "512x1024", "--bits", "4", "--group-size", "128"]) == 0
-    assert measured == [(4, 6144, 4096, 128), (4, 512, 1024, 128)]
+    assert main(["tune", "--shapes", "6144x4096", "512x1024", "--schemes", "int4wo", "--group-size", "128"]) == 0
+    assert measured == [("int4wo", 6144, 4096, 128), ("int4wo", 512, 1024, 128)]
     printed = capsys.readouterr().out
-    row = ["6144x4096", "4", "1", "small, 64 channels × 8 tokens, 2 blocks share K", "12.0", "21.0"]
-    assert " ".join(row) in " ".join(printed.split()) and "dequantize" in printed
-    assert f"wrote {cuda_linear.tuned()}" in printed
+    row = "6144x4096 int4wo in groups of 128 1 small, 64 channels × 8 tokens, 2 blocks share K 12.0 dequantize 21.0"
+    assert row in " ".join(printed.split())
+    assert f"wrote {plans.tuned()}" in printed
     assert cuda_linear.plan(4, 1, 6144, 4096, 128) == SMALL  # in this process
-    assert json.loads(cuda_linear.tuned().read_text())["about"]["gpu"] == "a GPU"
+    (found,) = json.loads(plans.tuned().read_text())["measured"].values()
+    assert found["6144x4096"]["gpu"] == "a GPU"
+
+
+def test_tune_quantized_activations_and_sparse_weights(capsys, measured):
+    assert cuda_scaled_linear.plan(torch.int8, False, 1, 6144, 4096) != SCALED
+    given = ["tune", "--shapes", "6144x4096", "--schemes", "int8dq-sparse24", "sparse24", "int8dq", "float8dq"]
+    assert main(given) == 0
+    kinds = ["int8dq", "float8dq", "sparse24", "int8dq-sparse24"]  # dense codes first
+    assert measured == [(kind, 6144, 4096) for kind in kinds]
+    printed = " ".join(capsys.readouterr().out.split())
+    scaled = "128 channels × 256 tokens, 2 blocks share x"
+    for row in (
+        f"int8dq 1 {scaled} 12.0 6144x4096",
+        f"float8dq 1 {scaled} 12.0 cuBLASLt 21.0",
+        "float8dq 2048 cuBLASLt 2068.0 cuBLASLt 2068.0",
+        f"int8dq-sparse24 1 {scaled} 12.0 dense 21.0",
+    ):
+        assert f"6144x4096 {row}" in printed, row
+    assert cuda_scaled_linear.plan(torch.int8, False, 1, 6144, 4096) == SCALED  # in this process
+    assert cuda_scaled_linear.plan(torch.float16, True, 1, 6144, 4096) == SCALED
+    assert "others were faster" in cuda_scaled_linear.plan(torch.float8_e4m3fn, False, 2048, 6144, 4096)
 
 
 def test_tune_keeps_what_is_there(tmp_path, measured):
     file, old = tmp_path / "plans.json", [None] * len(TOKENS)
-    cuda_linear.write(file, {4: {(64, 128): old, (512, 1024): old}, 8: {(64, 128): old}}, {})
-    assert main(["tune", "--shapes", "512x1024", "--bits", "4", "--output", str(file)]) == 0
-    plans = cuda_linear.read(file)
-    assert plans[4].keys() == {(64, 128), (512, 1024)} and plans[8] == {(64, 128): old}
-    assert plans[4][64, 128] == old and plans[4][512, 1024][0] == SMALL
-    assert not cuda_linear.tuned().exists()
+    for kind, shape in (("int4wo", (64, 128)), ("int4wo", (512, 1024)), ("int8wo", (64, 128)), ("int8dq", (64, 128))):
+        plans.add(file, kind, shape, old, {"gpu": "another"})
+    given = ["tune", "--shapes", "512x1024", "--schemes", "int4wo", "int8dq", "--output", str(file)]
+    assert main(given) == 0
+    found = plans.read(file, "int4wo", Plan)
+    assert found.keys() == {(64, 128), (512, 1024)} and plans.read(file, "int8wo", Plan) == {(64, 128): old}
+    assert found[64, 128] == old and found[512, 1024][0] == SMALL
+    assert plans.read(file, "int8dq", ScaledPlan) == {(64, 128): old, (512, 1024): [SCALED] * len(TOKENS)}
+    shapes = json.loads(file.read_text())["measured"]["int4wo"]
+    assert [shapes[shape]["gpu"] for shape in ("64x128", "512x1024")] == ["another", "a GPU"]
+    assert not plans.tuned().exists()
 
 
 def test_tune_the_merged_linears_of_a_model(capsys, measured):
-    assert main(["tune", f"{__name__}:siblings", "--shapes", "256x128"]) == 0
-    assert measured == [(4, 256, 128, 64), (8, 256, 128, None)]
+    assert main(["tune", f"{__name__}:siblings", "--shapes", "256x128", "--device", "cpu"]) == 0
+    assert measured == [("int4wo", 256, 128, 64), ("int8wo", 256, 128)]
     warned = capsys.readouterr().err.splitlines()
-    assert warned == [f"warning: 40x64 in {bits} bits is not measured: K is not a multiple of 128" for bits in (4, 8)]
+    kinds = ["int4wo in groups of 64", "int8wo"]
+    assert warned == [f"warning: 40x64 under {kind} is not measured: K is not a multiple of 128" for kind in kinds]
+
+
+def test_tune_what_recipes_leave_of_a_model(measured):
+    recipes = ["int8dq + last:float8dq", "int4wo(group_size=32) + last:none"]
+    assert main(["tune", f"{__name__}:siblings", "--recipe", *recipes, "--device", "cpu"]) == 0
+    assert measured == [("int4wo", 256, 128, 32), ("int8dq", 256, 128), ("float8dq", 40, 64)]
 
 
 def test_tune_goes_on_behind_a_kernel_that_is_wrong(capsys, measured):
-    assert main(["tune", "--shapes", "1000x1024", "512x1024", "--bits", "8"]) == 1
+    assert main(["tune", "--shapes", "1000x1024", "512x1024", "--schemes", "int8dq"]) == 1
     captured = capsys.readouterr()
-    assert captured.err == f"error: nothing is kept for 1000x1024 in 8 bits: {SMALL} is wrong by 1.0e+00\n"
-    assert "512x1024" in captured.out and cuda_linear.read(cuda_linear.tuned()).keys() == {8}
+    assert captured.err == f"error: nothing is kept for 1000x1024 under int8dq: {SCALED!r} is wrong by 1.0e+00\n"
+    assert "512x1024" in captured.out
+    assert plans.read(plans.tuned(), "int8dq", ScaledPlan).keys() == {(512, 1024)}
 
 
 @pytest.mark.parametrize(
@@ -277,18 +323,22 @@ def test_tune_goes_on_behind_a_kernel_that_is_wrong(capsys, measured):
         ([], "there is no linear to measure"),
         (["--shapes", "4096"], "'4096' is no shape"),
         (["--shapes", "0x4096"], "'0x4096' is no shape"),
-        (["--shapes", "4096x4096", "4096x4000"], "4096x4000 in 4 bits: K is not a multiple of 128"),
-        (["--shapes", "4100x4096"], "4100x4096 in 4 bits: N is not a multiple of 8"),
+        (["--shapes", "4096x4096", "4096x4000"], "4096x4000 under int4wo in groups of 64: K is not a multiple of 128"),
+        (["--shapes", "4100x4096"], "4100x4096 under int4wo in groups of 64: N is not a multiple of 8"),
         (["--shapes", "4096x128", "--group-size", "256"], "K is not a multiple of the group size 256"),
+        (["--shapes", "64x4000", "--schemes", "int8dq", "sparse24"], "64x4000 under sparse24: K is not a multiple of"),
         (["--shapes", "512x1024", "--output", "/dev/null/plans.json"], "cannot be written"),
         (["--shapes", "512x1024", "--output", __file__], "is no file of plans, and is left as it is"),
         (["--shapes", "512x1024", "--device", "no_such_device"], "none that torch knows"),
+        (["--shapes", "512x1024", "--recipe", "int8dq"], "give one, or --schemes for --shapes"),
+        ([HERE, "--recipe", "int9wo"], "unknown scheme 'int9wo'"),
+        ([HERE, "--recipe", "float8wo", "--device", "cpu"], "there is no linear to measure"),
     ],
 )
 def test_what_cannot_be_tuned(arguments, message, capsys, measured):
     assert main(["tune", *arguments]) == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and message in captured.err and "Traceback" not in captured.err
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ") and message in lines[-1] and "Traceback" not in "".join(lines)
     assert not measured
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from aograph.kernels import cuda_linear, int4_linear, int8_linear, nvrtc, tuning
+from aograph.kernels import cuda_linear, int4_linear, int8_linear, nvrtc, plans, tuning
 from aograph.kernels.cuda_linear import TOKENS, Plan
 from aograph.kernels.op import Case
 from aograph.kernels.rounding import GROUP_SIZES
@@ -114,12 +114,12 @@ def test_x_that_is_not_aligned(gpu):
 
 def test_plans_are_those_of_the_nearest_shape(tmp_path, monkeypatch):
     near, far = Plan("small", 1, 2, 64, 8, 4), Plan("small", 4, 2, 64, 8, 4)
-    plans = {4: {(1024, 1024): [near] * len(TOKENS), (8192, 8192): [None, *[far] * (len(TOKENS) - 1)]}}
-    cuda_linear.write(tmp_path / "plans.json", plans, {"gpu": "none"})
-    assert cuda_linear.read(tmp_path / "plans.json") == plans
-    monkeypatch.setattr(cuda_linear, "shipped", lambda: tmp_path / "plans.json")
-    monkeypatch.setattr(cuda_linear, "tuned", lambda: tmp_path / "none.json")
-    for cached in (cuda_linear.table, cuda_linear.plan):
+    path = tmp_path / "plans.json"
+    plans.add(path, "int4wo", (1024, 1024), [near] * len(TOKENS), {})
+    plans.add(path, "int4wo", (8192, 8192), [None, *[far] * (len(TOKENS) - 1)], {})
+    monkeypatch.setattr(plans, "shipped", lambda: path)
+    monkeypatch.setattr(plans, "tuned", lambda: tmp_path / "none.json")
+    for cached in (plans.table, cuda_linear.plan):
         cached.cache_clear()
     try:
         assert cuda_linear.plan(4, 1, 2048, 1024, 64) == near
@@ -127,27 +127,23 @@ def test_plans_are_those_of_the_nearest_shape(tmp_path, monkeypatch):
         assert "faster" in cuda_linear.plan(4, 1, 8192, 4096, 64)
         assert "aograph tune" in cuda_linear.plan(8, 8, 8192, 4096, None)
     finally:
-        for cached in (cuda_linear.table, cuda_linear.plan):
+        for cached in (plans.table, cuda_linear.plan):
             cached.cache_clear()
 
 
-def test_a_damaged_file_of_plans_is_a_warning(tmp_path, monkeypatch):
-    (tmp_path / "plans.json").write_text('{"plans": {"int4": {"8x": 1}}}')
-    monkeypatch.setattr(cuda_linear, "tuned", lambda: tmp_path / "plans.json")
-    cuda_linear.table.cache_clear()
-    with pytest.warns(UserWarning, match=r"plans\.json is no file of plans"):
-        assert cuda_linear.table(4) == cuda_linear.read(cuda_linear.shipped()).get(4, {})
-    cuda_linear.table.cache_clear()
-
-
 def test_shipped_plans_fit_their_shapes():
-    for bits, shapes in cuda_linear.read(cuda_linear.shipped()).items():
-        for (N, K), plans in shapes.items():
-            assert len(plans) == len(TOKENS)
-            for most, plan in zip(TOKENS, plans, strict=True):
+    for bits, kind in cuda_linear.KINDS.items():
+        for (N, K), found in plans.read(plans.shipped(), kind, Plan).items():
+            assert len(found) == len(TOKENS)
+            for most, plan in zip(TOKENS, found, strict=True):
                 for group_size in [None] if bits == 8 else int4_linear.GROUP_SIZES:
                     assert plan is None or plan.fits(N, K, bits, group_size), (bits, N, K, most)
                 assert plan is None or plan.kernel == "wide" or plan.tokens >= most
+
+
+def test_words():
+    assert str(Plan("small", 1, 2, 64, 1, 4)) == "small, 64 channels × 1 token"
+    assert str(Plan("wide", 2, 4, 64, 16, 4)) == "wide, 64 channels × 16 tokens, 2 blocks share K"
 
 
 @pytest.mark.parametrize(
@@ -194,6 +190,6 @@ def test_plans_compile(bits, group_size):
         pytest.skip(nvrtc.version())
     for tokens in TOKENS:
         plan = list(tuning.candidates(bits, min(tokens, 4096)))[-1]
-        source = (cuda_linear.shipped().parents[1] / f"{plan.kernel}_linear.cu").read_text()
+        source = (nvrtc.FOLDER / f"{plan.kernel}_linear.cu").read_text()
         defines = plan.defines(bits, group_size) | {"HALF": 1}
         assert nvrtc.compile(source, f"{plan.kernel}_linear.cu", "sm_90a", defines)

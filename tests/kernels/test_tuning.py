@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from aograph.kernels import cuda, cuda_linear, int4_linear, int8_linear, tuning
+from aograph.kernels import cuda, cuda_linear, cuda_scaled_linear, int4_linear, int8_linear, plans, tuning
 from aograph.kernels.cuda_linear import TOKENS, Plan
+from aograph.kernels.cuda_scaled_linear import ScaledPlan
 from torch import nn
 
 BOTH = pytest.mark.parametrize("bits, group_size", [(4, 64), (8, None)], ids=["int4", "int8"])
@@ -30,14 +31,14 @@ def without_gpu(gpu, monkeypatch):
 
     def run(plan, x, q, scales, bias, N, group_size, dependent=True):
         ran.append(plan)
-        if group_size is None:
+        if q.dtype is torch.int8:
             return int8_linear.int8_linear.run(x, q, scales, bias, implementation="reference")
         return int4_linear.int4_linear.run(x, q, scales, group_size, N, bias, implementation="reference")
 
     ran: list[Plan] = []
     gpu(multiprocessors=4)
     monkeypatch.setattr(cuda_linear, "run", run)
-    monkeypatch.setattr(tuning, "compile_all", lambda plans, bits, group_size: None)
+    monkeypatch.setattr(tuning, "compile_all", list)
     monkeypatch.setattr(tuning, "candidates", lambda bits, tokens: iter([ONE, FOUR, WIDE]))
     return ran
 
@@ -101,9 +102,22 @@ def test_worthwhile(plan, N, K, M, answer, gpu):
 
 def test_no_copy_of_a_weight_is_in_the_cache(gpu):
     gpu(multiprocessors=4)
-    large, small = torch.empty(8 << 20, dtype=torch.uint8), torch.empty(100_000, dtype=torch.uint8)
-    assert tuning.cold([large]) == 2
-    assert tuning.cold([small]) * small.nbytes >= 3 << 20 and tuning.cold([small, small]) == 16
+    large, small = torch.empty(8 << 20, dtype=torch.uint8), torch.rand(25_000)
+    assert len(tuning.cold([large])) == 2
+    copies = tuning.cold([small, None])
+    assert len(copies) * small.nbytes >= 3 << 20 and len(tuning.cold([small, None, small])) == 16
+    assert len({copy[0].data_ptr() for copy in copies}) == len(copies)
+    assert all(torch.equal(copy[0], small) and copy[1] is None for copy in copies)
+
+
+def test_a_kernel_is_compiled_once_for_plans_that_share_it(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "kernel", lambda file, name, device, **defines: compiled.append((file, name, defines)))
+    kernels = [("small_linear.cu", "int4_small", plan.defines(4, 64)) for plan in (ONE, FOUR)]
+    tuning.compile_all([*kernels, ("wide_linear.cu", "int4_wide", WIDE.defines(4, 64))])
+    assert sorted(name for _, name, _ in compiled) == ["int4_small", "int4_wide"]
+    assert ("small_linear.cu", "int4_small", ONE.defines(4, 64)) in compiled
 
 
 # --- what is chosen ------------------------------------------------------------------------------------------------
@@ -129,7 +143,7 @@ def test_a_kernel_that_is_wrong_is_an_error(bits, group_size, without_gpu, monke
         cuda_linear, "run", lambda plan, *rest, **how: right(plan, *rest, **how) * (1.02 if plan == FOUR else 1)
     )
     timed_as(monkeypatch, without_gpu, {None: 1.0, ONE: 1.0, FOUR: 1.0, WIDE: 1.0})
-    wrong = rf"blocks=4.*wrong by 2.\de-02 for x \[1, {K}\] and int{bits} weights \[{N}, {K}\]"
+    wrong = rf"blocks=4.*wrong by 2.\de-02 for torch.bfloat16 x \[1, {K}\] and y \[1, {N}\]"
     with pytest.raises(RuntimeError, match=wrong):
         tuning.fastest(bits, N, K, group_size, (1,) * len(TOKENS), lambda *_: None, device="cpu")
 
@@ -139,6 +153,19 @@ def test_a_kernel_that_gives_nan_is_an_error(without_gpu, monkeypatch):
     timed_as(monkeypatch, without_gpu, {None: 1.0})
     with pytest.raises(RuntimeError, match="wrong by nan"):
         tuning.fastest(8, N, K, None, (1,) * len(TOKENS), lambda *_: None, device="cpu")
+
+
+def test_groups_of_int8_are_measured_as_such(without_gpu, monkeypatch):
+    given, right = [], cuda_linear.run
+
+    def run(plan, x, q, scales, bias, N, group_size, **how):
+        given.append((scales.shape, group_size))
+        return right(plan, x, q, scales, bias, N, group_size, **how)
+
+    monkeypatch.setattr(cuda_linear, "run", run)
+    timed_as(monkeypatch, without_gpu, {None: 4.0, ONE: 1.0, FOUR: 2.0, WIDE: 2.0})
+    plans = tuning.fastest(8, N, K, 128, (1,) * len(TOKENS), lambda *_: None, device="cpu")
+    assert plans == [ONE] * len(TOKENS) and set(given) == {((N, K // 128), 128)}
 
 
 def test_only_what_fits_is_measured(without_gpu, monkeypatch):
@@ -153,7 +180,7 @@ def test_only_what_fits_is_measured(without_gpu, monkeypatch):
 @pytest.fixture
 def forgotten():
     """Nothing read before or during the test is remembered."""
-    cached = cuda_linear.table, cuda_linear.plan
+    cached = plans.table, cuda_linear.plan, cuda_scaled_linear.plan
     for each in cached:
         each.cache_clear()
     yield
@@ -163,26 +190,26 @@ def forgotten():
 
 def test_what_is_kept_counts_at_once(monkeypatch, tmp_path, forgotten):
     path = tmp_path / "plans.json"
-    monkeypatch.setattr(cuda_linear, "shipped", lambda: tmp_path / "none.json")
-    monkeypatch.setattr(cuda_linear, "tuned", lambda: path)
+    monkeypatch.setattr(plans, "shipped", lambda: tmp_path / "none.json")
+    monkeypatch.setattr(plans, "tuned", lambda: path)
     monkeypatch.setattr(cuda_linear, "CAPABILITIES", {(9, 0)})
     monkeypatch.setattr(cuda, "available", lambda capability: True)
     op = int8_linear.int8_linear
     case = int8_linear.Case("cuda", torch.bfloat16, 1, N, K, None, (9, 0))
     assert op.choose(case).name != "cuda"
-    tuning.keep(path, 8, (N, K), [ONE] * len(TOKENS), {"gpu": "a"})
+    tuning.keep(path, "int8wo", (N, K), [ONE] * len(TOKENS), {"gpu": "a"})
     assert op.choose(case).name == "cuda" and cuda_linear.plan(8, 1, N, K, None) == ONE
-    tuning.keep(path, 8, (N, 2 * K), [WIDE] * len(TOKENS), {"gpu": "b"})
-    tuning.keep(path, 8, (N, K), [None] * len(TOKENS), {"gpu": "b"})
+    tuning.keep(path, "int8wo", (N, 2 * K), [WIDE] * len(TOKENS), {"gpu": "b"})
+    tuning.keep(path, "int8wo", (N, K), [None] * len(TOKENS), {"gpu": "b"})
     assert op.choose(case).name != "cuda"
-    assert cuda_linear.read(path) == {8: {(N, K): [None] * len(TOKENS), (N, 2 * K): [WIDE] * len(TOKENS)}}
+    expected = {(N, K): [None] * len(TOKENS), (N, 2 * K): [WIDE] * len(TOKENS)}
+    assert plans.read(path, "int8wo", Plan) == expected
+    scaled = ScaledPlan(1, 1, 4, 1, 64, 8, 4)
+    assert isinstance(cuda_scaled_linear.plan(torch.int8, True, 1, N, K), str)
+    tuning.keep(path, "int8dq-sparse24", (N, K), [scaled] * len(cuda_scaled_linear.TOKENS), {"gpu": "b"})
+    assert cuda_scaled_linear.plan(torch.int8, True, 1, N, K) == scaled
+    assert plans.read(path, "int8wo", Plan) == expected
     op.choose.cache_clear()
-
-
-def test_words():
-    assert tuning.words(None) == "dequantize"
-    assert tuning.words(Plan("small", 1, 2, 64, 1, 4)) == "small, 64 channels × 1 token"
-    assert tuning.words(WIDE) == "wide, 64 channels × 16 tokens, 2 blocks share K"
 
 
 # --- where and what ------------------------------------------------------------------------------------------------
@@ -210,6 +237,8 @@ def test_where_nothing_can_be_measured(monkeypatch):
         ((8, 64, 64, None), "K is not a multiple of 128"),
         ((8, 100, 128, None), "N is not a multiple of 8"),
         ((4, 64, 128, 256), "K is not a multiple of the group size 256"),
+        ((8, 64, 128, 128), True),
+        ((8, 64, 384, 256), "K is not a multiple of the group size 256"),
     ],
 )
 def test_what_the_kernels_take(linear, answer):
@@ -227,18 +256,19 @@ def test_tuning_a_small_shape_on_a_gpu(bits, group_size, monkeypatch, tmp_path, 
         pytest.skip(here)
     shape, told = (8192, 1024), []
     monkeypatch.setattr(tuning, "TOKENS", (8, 64))
-    plans = tuning.fastest(bits, *shape, group_size, (4, 64), lambda *each: told.append(each))
-    assert {(M, plan) for M, _, _, plan in told} >= {(4, plans[0]), (64, plans[1]), (4, None), (64, None)}
-    for M, chosen in zip((4, 64), plans, strict=True):
+    found = tuning.fastest(bits, *shape, group_size, (4, 64), lambda *each: told.append(each))
+    assert {(M, plan) for M, _, _, plan in told} >= {(4, found[0]), (64, found[1]), (4, None), (64, None)}
+    for M, chosen in zip((4, 64), found, strict=True):
         times = {plan: us for tokens, us, _, plan in told if tokens == M}
         assert len(times) > 4 and times[chosen] == min(times.values()) > 0.5
     path = tmp_path / "plans.json"
-    monkeypatch.setattr(cuda_linear, "tuned", lambda: path)
-    kept = [plan or next(plan for _, _, _, plan in told if plan) for plan in (plans * len(TOKENS))[: len(TOKENS)]]
-    tuning.keep(path, bits, shape, kept, {"gpu": torch.cuda.get_device_name()})
+    monkeypatch.setattr(plans, "tuned", lambda: path)
+    kept = [plan or next(plan for _, _, _, plan in told if plan) for plan in (found * len(TOKENS))[: len(TOKENS)]]
+    tuning.keep(path, cuda_linear.KINDS[bits], shape, kept, {"gpu": torch.cuda.get_device_name()})
     linear = nn.Linear(shape[1], shape[0], bias=False, device=device, dtype=torch.bfloat16)
     module = int4_linear if bits == 4 else int8_linear
-    op, packed = module.int4_linear if bits == 4 else module.int8_linear, module.pack(linear.weight.detach())
+    op = module.int4_linear if bits == 4 else module.int8_linear
+    packed = module.pack(linear.weight.detach(), group_size=group_size)
     rest = (group_size, shape[0]) if bits == 4 else ()
     x = torch.randn(4, shape[1], device=device, dtype=torch.bfloat16)
     assert op.choose(op.case_of(x, *packed, *rest)).name == "cuda"
