@@ -16,6 +16,7 @@ hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(items):
     """Skips what needs a GPU where there is none; parallel runs keep together what shares an artifact or a file."""
     for item in items:
