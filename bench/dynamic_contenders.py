@@ -73,7 +73,7 @@ def torchao(config: str, weights: Weights, x: Tensor) -> Contender:
     linear.weight = nn.Parameter(weights.plain, requires_grad=False)
     ao.quantize_(linear, CONFIGS[config](ao))
     if type(linear.weight.data) is Tensor:  # as it leaves alone what a configuration cannot take
-        raise NotImplementedError(f"{config} leaves the weight as it is")
+        raise RuntimeError(f"{config} leaves the weight as it is")
     return Contender((linear.weight.detach(),), compiled(lambda x, weight: F.linear(x, weight), TORCHAO))
 
 
