@@ -53,7 +53,9 @@ def drawn(codes: torch.dtype, sparse: bool, M: int, N: int, K: int, shared: bool
     exact = x.double(), q.double()
     scaled = codes.itemsize == 1
     x_scale = torch.rand((1,) if shared else (M, 1), device="cuda") + 0.5 if scaled else None
-    scale = (torch.rand(N, device="cuda") + 0.5).to(dtype if codes is torch.int8 else torch.float32) if scaled else None
+    channels = 1 if shared and codes is torch.float8_e4m3fn else N  # int8 has a scale for each
+    scale = torch.rand(channels, device="cuda") + 0.5 if scaled else None
+    scale = scale.to(dtype) if codes is torch.int8 else scale
     zero = sums = None
     if codes is torch.int8:
         zero = torch.randint(-20, 20, (1,) if shared else (M, 1), device="cuda", dtype=torch.int32)
