@@ -31,6 +31,7 @@ from .dynamo import DynamoGraph, from_dynamo
 from .errors import AographError, InputError, RecipeError
 from .frozen import Frozen
 from .kernels.op import OPS
+from .passes import PASSES
 from .program import Program
 from .recipe import Recipe
 from .report import Report
@@ -229,8 +230,8 @@ def check_untrained(program: Program) -> None:
 
 def suited(report: Report) -> dict[str, Any]:
     """Settings of Inductor that suit a graph of this report."""
-    few_tokens = any(record.name == "fuse_around_linears" and record.matches for record in report.history)
-    return {"combo_kernels": True} if few_tokens else {}  # what takes longer to start than to run starts as one
+    matched = {record.name for record in report.history if record.matches}
+    return {key: value for each in PASSES if each.name in matched for key, value in each.settings.items()}
 
 
 def joined(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

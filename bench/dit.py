@@ -6,7 +6,7 @@ One forward of the blocks: an image of 64 × 64 patches, so 4,096 tokens, and 51
 and 38 single blocks; by default it is cut to 4 and 8, in the same proportion, which the first line of the output says.
 What embeds the input and projects the output is left out. Every contender is the same module, in CUDA graphs:
 
-    bf16              torch.compile, under the settings of mode="reduce-overhead"
+    bf16              torch.compile under the settings of mode="reduce-overhead", kernels but for products tuned
     int8dq, float8dq  the same with backend="aograph"
     torchao-float8dq  quantize_ with float8 activations and weights, a scale for each row, under the settings that
                       quantize_ sets

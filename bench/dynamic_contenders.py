@@ -71,7 +71,8 @@ def torchao(config: str, weights: Weights, x: Tensor) -> Contender:
 
     linear = nn.Linear(weights.K, weights.N, bias=False, device="meta")
     linear.weight = nn.Parameter(weights.plain, requires_grad=False)
-    ao.quantize_(linear, CONFIGS[config](ao))
+    with torch._inductor.config.patch(TORCHAO):  # which quantize_ sets for all that is compiled from then on
+        ao.quantize_(linear, CONFIGS[config](ao))
     if type(linear.weight.data) is Tensor:  # as it leaves alone what a configuration cannot take
         raise RuntimeError(f"{config} leaves the weight as it is")
     return Contender((linear.weight.detach(),), compiled(lambda x, weight: F.linear(x, weight), TORCHAO))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ COLUMNS = ("what", "ms", "x bf16", "peak GB", "linear GB", "compile s", "error",
 
 class ForwardWorker(Worker, Generic[Case]):
     """A contender on a model of its own for each case. A bench says what `made` is, and what to add to a row."""
+
+    settings: ClassVar = {"max_autotune_pointwise": True}  # which our passes that quantize activations set anyway
 
     def made(self, case: Case) -> tuple[nn.Module, tuple[Tensor, ...]]:
         """The model of a case and its inputs, the same for all contenders. Its forward gives one tensor."""

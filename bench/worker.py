@@ -32,10 +32,12 @@ CONFIGS: dict[str, Callable[[Any], Any]] = {
 class Worker:
     """One contender: "bf16", one of `CONFIGS`, or else a recipe behind backend="aograph".
 
-    A bench adds `compile(case)` and `measure(limits)`. recipes: those that have another name.
+    A bench adds `compile(case)` and `measure(limits)`. recipes: those that have another name. settings: of Inductor, for
+    all contenders.
     """
 
     recipes: ClassVar[Mapping[str, str]] = {}
+    settings: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, name: str, options: argparse.Namespace):
         self.name, self.options, self.device = name, options, torch.device(options.device)
@@ -48,7 +50,7 @@ class Worker:
         """The model under torch.compile, in CUDA graphs, with the settings that its users give it."""
         self.linear_bytes = sum(stored_bytes(weight) for weight in linear_weights(model))
         mode = "max-autotune" if self.name in self.options.autotune else "reduce-overhead"
-        graphs = torch._inductor.list_mode_options(mode) if self.cuda else {}
+        graphs = {**self.settings, **torch._inductor.list_mode_options(mode)} if self.cuda else {}
         compiled = partial(torch.compile, model, fullgraph=True, dynamic=False)
         if self.name == "bf16":
             return compiled(options=graphs)

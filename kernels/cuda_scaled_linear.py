@@ -5,7 +5,7 @@ points and bias meet the sums in registers. Which sizes are best for a shape is 
 kept in the same files; other shapes take those of the nearest. Nothing is measured at run time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 
 import torch
@@ -33,7 +33,8 @@ class ScaledPlan:
     """The sizes of a kernel; `scaled_linear.cu` says what they are.
 
     share: blocks of a cluster that share K; neighbours: blocks of a cluster that bring x to each other; one of them is
-    1. stages, boxes; channels and tokens of a block; warps that multiply, in fours.
+    1. stages, boxes; channels and tokens of a block; warps that multiply, in fours. behind: of a sparse product,
+    whether the dense one was faster where both were measured.
     """
 
     share: int
@@ -43,6 +44,7 @@ class ScaledPlan:
     channels: int
     tokens: int
     warps: int
+    behind: bool = field(default=False, compare=False)
 
     def defines(self, codes: torch.dtype, sparse: bool, scales: torch.dtype, y: torch.dtype) -> dict[str, int]:
         return {

@@ -3,7 +3,8 @@
 It reads a weight in a form of its own, made once from the packed one and kept as long as that one lives: the weight is
 in memory twice, in all 17/16 of the dense weight's bytes in half precision. Which of its algorithms is fastest for a
 shape differs by up to a factor of two, so its search runs once for each shape and number of tokens (up to the next
-power of two), and what it finds stays in the cache folder.
+power of two), and what it finds stays in the cache folder. Not in fp16, where the search ends in an illegal
+instruction on an H200 (cuSPARSELt 0.7.1), and with it the process.
 """
 
 import contextlib
@@ -81,6 +82,8 @@ def compressed(values: Tensor, indices: Tensor) -> Tensor:
 def algorithm(blob: Tensor, x: Tensor, bias: Tensor | None, how: dict[str, Any]) -> Algorithm:
     """The fastest algorithm for x [M, K]; while a CUDA graph is captured, which no search survives, what is known."""
     up_to = 1 << (x.shape[0] - 1).bit_length()
+    if x.dtype is torch.float16:
+        return Algorithm()
     shape = tuple(blob.shape), x.shape[1], up_to, x.dtype, bias is not None, how.get("out_dtype")
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     return KNOWN.get(shape, Algorithm()) if capturing else searched(shape, blob, x, bias, how)

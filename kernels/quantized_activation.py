@@ -7,6 +7,10 @@ to ±448, as a cast alone would make NaN of what is larger. No number of tokens 
 NaN and inf. Where a scale is computed from x, one that NaN or inf went into is NaN, and so is all of y that it scales:
 the row, with one scale for a token or for blocks of it; everything, with one scale for the tensor. A scale given
 beforehand cannot say so: there infinities saturate, NaN stays NaN in float8, and counts as 0 in int8.
+
+On a GPU, comparisons that mind NaN and conversions would take longer than reading x: there the largest magnitude is
+found among the bits of fp32, which are ordered as the magnitudes are, NaN above all, and codes are rounded by adding
+`SHIFT`.
 """
 
 from dataclasses import dataclass
@@ -18,6 +22,8 @@ from torch import Tensor
 INT8, FLOAT8 = 127, 448  # the largest codes; float8 is e4m3fn
 BLOCK = 128  # of K, where blocks have a scale each
 TINY = torch.finfo(torch.float32).tiny
+SHIFT = 1.5 * 2**23  # an fp32 number: to what is added an integer is left, rounded, in the lowest bits of the sum
+SHIFT_BITS = 0x4B400000  # its own
 
 
 class Activation(NamedTuple):
@@ -35,8 +41,8 @@ class Activation(NamedTuple):
 def int8_per_token(x: Tensor) -> Activation:
     """Symmetric: the largest magnitude of each token becomes ±127."""
     wide = x.float()
-    scale = _scale(wide.abs().amax(-1, keepdim=True), INT8)
-    return Activation(_int8(wide * scale.reciprocal(), -INT8), scale)
+    scale = _scale(_most(wide), INT8)
+    return Activation(_rounded(wide * scale.reciprocal(), -INT8), scale)
 
 
 def int8_per_token_asymmetric(x: Tensor) -> Activation:
@@ -46,7 +52,7 @@ def int8_per_token_asymmetric(x: Tensor) -> Activation:
     scale = _scale(high / 255 - low / 255, 1)  # each divided first: fp32 may span more than its maximum
     inverse = scale.reciprocal()
     zero = (-INT8 - 1 - low * inverse).round().clamp(-INT8 - 1, INT8)
-    return Activation(_int8(wide * inverse + zero, -INT8 - 1), scale, zero.to(torch.int32))
+    return Activation(_rounded(wide * inverse + zero, -INT8 - 1), scale, zero.to(torch.int32))
 
 
 @dataclass(frozen=True)
@@ -67,30 +73,31 @@ class Int8PerTensor:
 
     def __call__(self, x: Tensor) -> Activation:
         codes = x.float() * (1 / self.scale) + self.zero
-        return Activation(_int8(codes.nan_to_num(float(self.zero)), -INT8 - 1 if self.zero else -INT8))
+        codes = codes.nan_to_num(float(self.zero)).round()
+        return Activation(codes.clamp(-INT8 - 1 if self.zero else -INT8, INT8).to(torch.int8))
 
 
 def float8_per_token(x: Tensor) -> Activation:
     """The largest magnitude of each token becomes ±448."""
     wide = x.float()
-    scale = _scale(wide.abs().amax(-1, keepdim=True), FLOAT8)
-    return Activation(_float8(wide * scale.reciprocal()), scale)
+    scale = _scale(_most(wide), FLOAT8)
+    return Activation((wide * scale.reciprocal()).to(torch.float8_e4m3fn), scale)
 
 
 def float8_per_tensor(x: Tensor) -> Activation:
     """The largest magnitude of all becomes ±448."""
     wide = x.float()
-    tokens = wide.abs().amax(-1).flatten()
+    tokens = _most(wide).flatten()
     most = torch.nn.functional.pad(tokens, (0, 1)).amax(0, keepdim=True)  # there may be no token
     scale = _scale(most, FLOAT8)
-    return Activation(_float8(wide * scale.reciprocal()), scale)
+    return Activation((wide * scale.reciprocal()).to(torch.float8_e4m3fn), scale)
 
 
 def float8_per_block(x: Tensor) -> Activation:
     """The largest magnitude of each 128 neighbours along K, which must be whole blocks, becomes ±448."""
     wide = x.float().unflatten(-1, (-1, BLOCK))
-    scale = _scale(wide.abs().amax(-1, keepdim=True), FLOAT8)
-    return Activation(_float8(wide * scale.reciprocal()).flatten(-2), scale.squeeze(-1))
+    scale = _scale(_most(wide), FLOAT8)
+    return Activation((wide * scale.reciprocal()).to(torch.float8_e4m3fn).flatten(-2), scale.squeeze(-1))
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,8 @@ class Float8PerTensor:
         return cls(max(most, FLOAT8 * TINY) / FLOAT8)
 
     def __call__(self, x: Tensor) -> Activation:
-        return Activation(_float8(x.float() * (1 / self.scale)))
+        codes = x.float() * (1 / self.scale)
+        return Activation(codes.clamp(-FLOAT8, FLOAT8).to(torch.float8_e4m3fn))
 
 
 def _scale(most: Tensor, largest: int) -> Tensor:
@@ -113,9 +121,15 @@ def _scale(most: Tensor, largest: int) -> Tensor:
     return torch.where(most.isfinite(), most / largest, torch.nan).clamp_min(TINY)
 
 
-def _int8(codes: Tensor, least: int) -> Tensor:
-    return codes.round().clamp(least, INT8).to(torch.int8)
+def _most(wide: Tensor) -> Tensor:
+    """The largest magnitude along K [..., 1] of fp32; NaN where there is one."""
+    if not wide.is_cuda:
+        return wide.abs().amax(-1, keepdim=True)
+    return (wide.view(torch.int32) & 0x7FFFFFFF).amax(-1, keepdim=True).view(torch.float32)
 
 
-def _float8(codes: Tensor) -> Tensor:
-    return codes.clamp(-FLOAT8, FLOAT8).to(torch.float8_e4m3fn)
+def _rounded(codes: Tensor, least: int) -> Tensor:
+    """int8 of codes that are no further than a half from the range of least … 127, or NaN."""
+    if not codes.is_cuda:
+        return codes.round().clamp(least, INT8).to(torch.int8)
+    return ((codes + SHIFT).view(torch.int32) - SHIFT_BITS).clamp(least, INT8).to(torch.int8)

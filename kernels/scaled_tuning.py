@@ -2,10 +2,11 @@
 
 The products alone are timed, of quantized activations. Against them stand cuBLASLt for float8; the plain linear for
 sparse half precision; for other sparse weights the dense product of the same codes. A linear whose weight is sparse
-cannot take a dense product at run time: it has the fastest plan all the same.
+cannot take a dense product at run time: it has the fastest plan all the same, which then says that it is behind.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -72,7 +73,7 @@ def candidates(codes: torch.dtype, sparse: bool, tokens: int) -> Iterator[Scaled
         for width in {min(tokens, 256), min(tokens, 128)}:
             if channels * width > 4096 * warps or (tokens >= 256 and channels < 128):
                 continue
-            clusters = ((1, 1), (1, 2)) if tokens >= 256 else ((1, 1), (2, 1), (4, 1), (8, 1))
+            clusters = ((1, 1), (1, 2), (1, 4)) if tokens >= 256 else ((1, 1), (2, 1), (4, 1), (8, 1))
             for share, neighbours in clusters:
                 for stages in range(STAGES, 2, -1):
                     plan = ScaledPlan(share, neighbours, stages, boxes, channels, width, warps)
@@ -125,7 +126,10 @@ def fastest(
         if (other := rival(codes, sparse, made)) is not None:
             ways.insert(0, Way(None, other, cold([made.weight, None, made.scale])))
         found = times(ways, made.x, expected(made), each)
-        chosen.append(least([(us, plan) for us, plan in found if plan] if sparse else found))
+        best = least(found)
+        if sparse and best is None:
+            best = replace(least([(us, plan) for us, plan in found if plan]), behind=True)
+        chosen.append(best)
     return chosen
 
 

@@ -15,6 +15,7 @@ from . import cuda_scaled_linear, cusparselt, linear, sparse24
 from .cusparselt import FROM_TOKENS
 from .linear import LinearOp
 from .op import Case, Op
+from .scaled_linear import ScaledLinearOp
 from .sparse24 import decompress
 
 sparse24_linear = LinearOp("sparse24_linear(Tensor x, Tensor values, Tensor indices, Tensor? bias=None) -> Tensor")
@@ -74,4 +75,8 @@ def pays(case: Case, op: Op = sparse24_linear) -> bool | str:
     answers = [each.supports(case) for each in sparse]
     if True not in answers:
         return answers[-1]
+    if op["cuda"].supports(case) is True:
+        codes = op.takes[0] if isinstance(op, ScaledLinearOp) else case.dtype
+        plan = cuda_scaled_linear.plan(codes, True, case.M or 1, case.N, case.K)
+        return not getattr(plan, "behind", False) or f"slower than dense at M = {case.M}"
     return (case.M or 0) >= FROM_TOKENS or f"slower than dense below M = {FROM_TOKENS}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -37,11 +37,15 @@ class Stage(enum.IntEnum):
 
 
 class Pass:
-    """A rewrite of programs: a name, a stage, and `run(program, context)`, which answers with its matches."""
+    """A rewrite of programs: a name, a stage, and `run(program, context)`, which answers with its matches.
+
+    after: names of passes of the same stage that run before. settings: of Inductor, that suit a graph with matches.
+    """
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
-    after: ClassVar[tuple[str, ...]] = ()  # names of passes of the same stage that run before
+    after: ClassVar[tuple[str, ...]] = ()
+    settings: ClassVar[Mapping[str, Any]] = {}
 
     def run(self, program: Program, context: Context) -> int:
         raise NotImplementedError

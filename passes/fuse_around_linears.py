@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from dataclasses import replace
 from typing import Any as Value
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class FuseAroundLinears(Pass):
     name = "fuse_around_linears"
     stage = Stage.LOWER
     after = ("fold_constants",)  # a norm's weight may be computed
+    settings: ClassVar = {"combo_kernels": True}  # of few tokens: what takes longer to start than to run starts as one
 
     def run(self, program: Program, context) -> int:
         sites = {site.weight: site for site in program.sites if site.node.target in FUSED}

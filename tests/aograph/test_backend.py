@@ -388,13 +388,17 @@ def test_statistics_are_for_graphs_of_one_layer_only(monkeypatch):
     assert seen[-1] == found
 
 
-def report(matches):
-    return Report(history=[PassRecord("fuse_around_linears", "lower", matches, bool(matches), 0.0, 0.0)])
+def report(matches, name="fuse_around_linears"):
+    return Report(history=[PassRecord(name, "lower", matches, bool(matches), 0.0, 0.0)])
 
 
 def test_small_kernels_start_as_one_where_tokens_are_few():
     assert suited(Report()) == suited(report(0)) == {}
     assert suited(report(2)) == {"combo_kernels": True}
+
+
+def test_kernels_that_quantize_are_tuned():
+    assert suited(report(1, "int8_dynamic")) == suited(report(1, "float8_dynamic")) == {"max_autotune_pointwise": True}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from torch._subclasses import FakeTensorMode
 QUANTIZE = {"row": float8_per_token, "tensor": float8_per_tensor, "block": float8_per_block}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5}
-FAST_ACCUMULATION = 5e-3  # of cuBLASLt, which keeps fewer bits of sums
+ACCUMULATION = {"cuda": 5e-3, "cublaslt": 5e-3, "cublaslt_blocks": 5e-4}  # of tensor cores, which keep fewer bits
+ONE_SIDED = 1e-2  # the same, where all terms are equal and each loses what it adds
 
 device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -68,7 +69,7 @@ def check(y, name, *arguments):
     x, _, q, *_, dtype = arguments
     assert y.dtype is dtype and y.shape == (*x.shape[:-1], len(q))
     expected = oracle(*arguments)
-    tolerance = max(TOLERANCE[dtype], FAST_ACCUMULATION if "cublaslt" in name else 0)
+    tolerance = max(TOLERANCE[dtype], ACCUMULATION.get(name, 0))
     assert (y.cpu().double() - expected).norm() <= tolerance * expected.norm(), (name, x.shape, len(q))
 
 
@@ -126,7 +127,8 @@ def test_codes_as_large_as_there_are(name, dtype, device):
     y = run(name, x, x_scale, q, scale, None, dtype)
     if y is None:
         pytest.skip("does not take it here")
-    torch.testing.assert_close(y, torch.full((17, 144), 640, dtype=dtype, device=device), rtol=2e-3, atol=0)
+    rtol = ONE_SIDED if name in ACCUMULATION else 2e-3
+    torch.testing.assert_close(y, torch.full((17, 144), 640, dtype=dtype, device=device), rtol=rtol, atol=0)
 
 
 @device

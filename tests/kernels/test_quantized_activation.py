@@ -160,3 +160,26 @@ def test_compiled_it_gives_the_same():
     torch.testing.assert_close(compiled.x_scale, eager.x_scale, equal_nan=True)
     differences = (compiled.x.int() - eager.x.int())[[0, 1, 4, 5, 6]]
     assert differences.abs().max() <= 1 and (differences != 0).sum() <= 2  # a tie may fall to the other side
+
+
+@pytest.mark.cuda
+@each
+@floats
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_gpu_gives_the_same_codes(quantize, dtype, compiled):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    x = torch.randn(70, 1280).to(dtype)
+    if quantize is not float8_per_tensor:  # there all would be NaN
+        x[1, 5], x[2, 7], x[3, 9], x[4], x[5], x[6, 0] = torch.nan, torch.inf, -torch.inf, 0, 1e-45, 6e4
+        x[7, :6] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5])
+        x[7, 6:] = 0
+    found = torch.compile(lambda x: tuple(quantize(x)), dynamic=False)(x.cuda()) if compiled else quantize(x.cuda())
+    expected = quantize(x)
+    torch.testing.assert_close(found[1].cpu(), expected.x_scale, rtol=1e-6, atol=0, equal_nan=True)
+    whole = expected.x_scale.isfinite().all(-1)
+    codes, same = (each.float()[whole] if whole.dim() else each.float() for each in (found[0].cpu(), expected.x))
+    apart = (codes - same).abs()
+    assert (apart <= same.abs() / 8 + 1).all() and (apart > 0).float().mean() < 5e-3  # two codes may be as near
+    if expected.x_zero is not None:
+        torch.testing.assert_close(found[2].cpu()[whole], expected.x_zero[whole], rtol=0, atol=1)

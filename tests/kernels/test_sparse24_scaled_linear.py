@@ -17,6 +17,7 @@ from aograph.kernels.sparse24_scaled_linear import SPARSE
 from torch._subclasses import FakeTensorMode
 
 FLOAT8 = {"row": float8_per_token, "tensor": float8_per_tensor, "block": float8_per_block}
+FAST_ACCUMULATION = 5e-3  # of tensor cores, which keep fewer bits of sums of float8
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-6}
 device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -84,7 +85,8 @@ def test_float8(granularity, name, dtype, device):
         y = run(float8, name, arguments)
         assert y.dtype == dtype and y.shape == (M, N)
         rounded = torch.bfloat16 if name == "cusparselt" else dtype
-        assert (y.double() - expected).norm() <= max(TOLERANCE[rounded], 1e-5) * expected.norm()
+        tolerance = max(TOLERANCE[rounded], FAST_ACCUMULATION if device == "cuda" else 1e-5)
+        assert (y.double() - expected).norm() <= tolerance * expected.norm()
 
 
 def test_blocks_of_scales_are_not_for_cusparselt():

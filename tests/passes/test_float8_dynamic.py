@@ -153,7 +153,8 @@ def test_on_a_gpu(granularity):
     model = MLP(512, 768).eval().to("cuda", torch.bfloat16)
     x = torch.randn(33, 512, device="cuda", dtype=torch.bfloat16)
     fast = aograph.optimize(model, f"float8dq(granularity={granularity})", x, compile=False)
-    assert all(row.kernel.startswith("cublaslt") for row in fast.report.rows)
+    kernels = [row.kernel for row in fast.report.rows]
+    assert kernels and not any("dequantize" in kernel for kernel in kernels)
     with torch.no_grad():
         for M in (1, 16, 33):
             exact = model(x[:M])
