@@ -297,9 +297,9 @@ class Builder:
     def __init__(self, node: Node):
         self.node, self.graph = node, node.graph
 
-    def call(self, target: Value, *args: Value) -> Node:
+    def call(self, target: Value, *args: Value, **kwargs: Value) -> Node:
         with self.graph.inserting_before(self.node):
-            new = self.graph.call_function(target, args)
+            new = self.graph.call_function(target, args, kwargs)
         return inherit(new, self.node)
 
 
