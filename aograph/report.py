@@ -90,7 +90,8 @@ class PassRecord:
 @dataclass
 class Report:
     """Rows, totals and the history of passes. `bytes_before` and `bytes_after` count all weights of the program,
-    each storage once, caches among them. `notes` say what holds for the whole. Prints as a table; `as_dict` is for programs."""
+    each storage once, caches among them. `notes` say what holds for the whole. Prints as a table; `as_dict` is for
+    programs."""
 
     rows: list[Row] = field(default_factory=list)
     history: list[PassRecord] = field(default_factory=list)
@@ -115,8 +116,8 @@ class Report:
     @property
     def cache_token_bytes(self) -> tuple[float, float]:
         """The bytes that one token of one row takes in all caches, before and after."""
-        filled = [r for r in self.caches if r.tokens]
-        return sum(r.bytes_before / r.tokens for r in filled), sum(r.bytes_after / r.tokens for r in filled)
+        filled = [(r, r.tokens) for r in self.caches if r.tokens]
+        return sum(r.bytes_before / tokens for r, tokens in filled), sum(r.bytes_after / tokens for r, tokens in filled)
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -31,8 +31,8 @@ class Pack:
 
     `weight` computes the original and `function(weight) -> tuple of tensors` packs it; `names` are the constants
     that the result fills. `kind` says what the function does, `key` what the constants hold. `op(x, packed) -> y` is
-    the rewritten op without bias, whose error goes to the `rows` of the report; None where nothing is rounded. state: the
-    graph writes what is packed, so that all graphs of a model have to read it in this form.
+    the rewritten op without bias, whose error goes to the `rows` of the report; None where nothing is rounded. state: the graph
+    writes what is packed, so that all graphs of a model have to read it in this form.
     """
 
     kind: str
@@ -183,13 +183,14 @@ class WeightStore:
 
     def check_state(self, program: Program) -> None:
         """Raises `WeightError` for a buffer that this program would write in one form, and another in a second one."""
-        found: dict[str, str | None] = dict.fromkeys(program.mutated & program.constants.keys())
+        found: dict[str, str | None] = dict.fromkeys(sorted(program.mutated & program.constants.keys()))
         found |= {name: p.key for p in program.packs.values() if p.state for name in p.weight.leaves}
         for name, key in found.items():
             if self.state.get(name, key) != key:
                 raise WeightError(
                     f"the cache {name} is quantized in the graph of one call and as it was in that of another, whose "
-                    f"tokens it would not see: write the model so that all calls use it alike, or add the rule {name}:none"
+                    "tokens it would not see: write the model so that all calls use it alike, or add the rule "
+                    f"{name}:none"
                 )
         self.state |= found
 

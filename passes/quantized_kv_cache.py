@@ -17,8 +17,8 @@ from ..expression import Expression
 from ..kernels.kv_attention import kv_attention
 from ..kernels.kv_cache import FLOATS
 from ..kernels.kv_update import kv_update
-from ..patterns.cache import ATTENTIONS, UPDATES, Update, limits, memory, scale_of, sizes, softcap_of
-from ..patterns.language import Builder, Match, Miss, inherit, match, mutates, packet, propagate, views_of
+from ..patterns.cache import ATTENTIONS, UPDATES, Update, limits, memory, scale_of, softcap_of
+from ..patterns.language import Builder, Match, Miss, match, mutates, packet, propagate, views_of
 from ..program import CacheSite, Program, nbytes
 from ..report import NEAR_MISS, REWRITTEN, SKIPPED
 from ..weights import Pack
@@ -146,7 +146,9 @@ def unknown(user: Node, read: Node, misses: dict[Node, Miss]) -> str:
 
     The reason is that of the attention that comes nearest, among what follows the use.
     """
-    what = f"{'written' if read in mutates(user) else 'read'} by {packet(user.target)}".replace("by output", "by the caller")
+    what = f"{'written' if read in mutates(user) else 'read'} by {packet(user.target)}".replace(
+        "by output", "by the caller"
+    )
     seen, stack, near = set(), [user], []
     while stack:
         node = stack.pop()

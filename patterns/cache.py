@@ -1,9 +1,9 @@
 """Caches of keys and values: what stores new tokens in them, and the attention that reads them.
 
-A cache is a tensor [B, H, S, D] that the graph writes: B rows, H heads, S positions. A pattern of `UPDATES` binds `cache`
-and `new`; its functions give what is stored as [B, H, T, D], and the positions [T] or [B, T]. A pattern of `ATTENTIONS`
-binds `q` [B, Hq, T, D], `key` and `value`, which are caches, and what `scale_of`, `softcap_of` and `mask_of` read.
-`limits` takes a mask apart: what of it says only how far each token sees goes into a position for each token.
+A cache is a tensor [B, H, S, D] that the graph writes: B rows, H heads, S positions. A pattern of `UPDATES` binds
+`cache` and `new`, and `stored` gives what it stores as [B, H, T, D] and the positions, [T] or [B, T]. A pattern of
+`ATTENTIONS` binds `q` [B, Hq, T, D], `key` and `value`, which are caches, and what `scale_of`, `softcap_of` and `limits`
+read. `limits` takes a mask apart: what of it says only how far each token sees becomes a position for each token.
 """
 
 from __future__ import annotations
@@ -44,6 +44,16 @@ class Cache:
         if cache is None or len(sizes(cache)) != 4:
             return f"{value} is no cache as a whole"
         return found.bind(self.name, cache)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Matches a tensor that a cache is indexed with, and binds it."""
+
+    name: str
+
+    def fit(self, value, found: Match) -> str | None:
+        return found.bind(self.name, value) if isinstance(value, Node) else f"its index is {value}, not a tensor"
 
 
 def sizes(node: Node) -> list[str]:
@@ -161,7 +171,7 @@ class Update:
     stored: Callable[[Match, Builder], tuple[Node, Node]]
 
 
-cache, dim, start, positions = Cache("cache"), Any("dim"), Any("start"), Any("positions")
+cache, dim, start, positions = Cache("cache"), Any("dim"), Any("start"), Index("positions")
 
 # fmt: off
 UPDATES = [
@@ -170,7 +180,7 @@ UPDATES = [
     *(Update("cache[:, :, positions] = new", P(aten.index_put_, cache, [None, None, positions, *rest], new, where=(
         list_of_positions, one_for_each_position)), as_is) for rest in ([], [None])),
     *(Update("cache[rows, :, positions] = new", P(
-        aten.index_put_, cache, [Any("rows"), None, positions, *rest], new, where=positions_of_rows), at_rows)
+        aten.index_put_, cache, [Index("rows"), None, positions, *rest], new, where=positions_of_rows), at_rows)
       for rest in ([], [None])),
     Update("cache[:, :, start:end] = new", P(aten.copy_, P(aten.slice, cache, dim, start, Any()), new, Any(), where=(
         along_positions, known_start, as_long_as_the_slice)), from_start),
@@ -447,8 +457,10 @@ def arranged(g: Builder, node: Node, dims: Dims) -> Node:
 
 
 def limits(m: Match, g: Builder) -> tuple[Node, Node | None]:
-    """positions [B, T] int64, up to which each token sees, and the mask [B or 1, Hq or 1, T or 1, S] that is left of the
-    attention's, None where that says no more."""
+    """positions [B, T] int64, up to which each token sees, and the mask [B or 1, Hq or 1, T or 1, S] that is left.
+
+    None where the attention's mask says no more than that.
+    """
     B, S = (m.key.meta["val"].shape[i] for i in (0, 2))
     T, device = size(g, m.q, 2), m.key.meta["val"].device
     given, negated = m.bindings.get("mask"), False

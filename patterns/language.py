@@ -172,7 +172,10 @@ class Maybe:
 
 @dataclass(frozen=True, init=False)
 class Either:
-    """Matches what one of its patterns matches, the first that does; what the others bound is forgotten."""
+    """Matches what one of its patterns matches, the first that does; what the others bound is forgotten.
+
+    The reason of a miss is that of the pattern of which most fitted, of several the last one's.
+    """
 
     patterns: tuple
 
@@ -186,7 +189,7 @@ class Either:
             missed = fit(pattern, value, found)
             if missed is None:
                 return None
-            if found.progress > nearest:
+            if found.progress >= nearest:
                 nearest, reason = found.progress, missed
             found.bindings, found.progress = dict(bindings), start
             del found.nodes[nodes:]
