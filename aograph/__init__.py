@@ -39,7 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "optimize", "load_pretrained", "explain", "calibrate", "refresh", "load", "OptimizedModule", "Artifact",
     "LoadingReport", "LinearStatistics", "Recipe", "Rule", "Scheme", "Float8Dynamic", "Float8DynamicSparse24",
-    "Float8WeightOnly", "Int4WeightOnly", "Int8Dynamic", "Int8DynamicSparse24", "Int8WeightOnly", "KV8", "KV4", "KVFP8", "Keep", "Sparse24",
-    "Report", "Row", "AographError", "ArtifactError", "CaptureError", "CompileError", "InputError", "PassError",
+    "Float8WeightOnly", "Int4WeightOnly", "Int8Dynamic", "Int8DynamicSparse24", "Int8WeightOnly", "KV8", "KV4",
+    "KVFP8", "Keep", "Sparse24", "Report", "Row", "AographError", "ArtifactError", "CaptureError", "CompileError", "InputError", "PassError",
     "RecipeError", "WeightError",
 ]  # fmt: skip

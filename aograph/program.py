@@ -74,8 +74,8 @@ class Program:
     `graph_module` takes the flat inputs and returns the flat outputs. Each weight, buffer and constant is a
     `get_attr` node under its qualified name, one per storage, its tensor in `constants`; `aliases` maps the other
     names of tied weights to that name. `mutated` names the buffers that the graph writes. `ranges` bounds the
-    symbols of dynamic dimensions. `sites` are the places where schemes may apply, `caches` those where schemes for caches
-    may, `rows` the report's rows of all candidates, `packs` what passes have packed, by key.
+    symbols of dynamic dimensions. `sites` are the places where schemes may apply, `caches` those where
+    schemes for caches may, `rows` the report's rows of all candidates, `packs` what passes have packed, by key.
     """
 
     graph_module: GraphModule

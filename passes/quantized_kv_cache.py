@@ -19,7 +19,7 @@ from ..kernels.kv_cache import FLOATS
 from ..kernels.kv_update import kv_update
 from ..patterns.cache import ATTENTIONS, UPDATES, Update, limits, memory, scale_of, softcap_of
 from ..patterns.language import Builder, Match, Miss, match, mutates, packet, propagate, views_of
-from ..program import CacheSite, Program, nbytes
+from ..program import CacheSite, Program, expression, nbytes
 from ..report import NEAR_MISS, REWRITTEN, SKIPPED
 from ..weights import Pack
 from .base import Pass, Stage, constant_names, packed_nodes
@@ -66,11 +66,12 @@ class QuantizedKVCache(Pass):
                 store(update, found, packed[node])
         attentions = {found.root: found for node in packed for found in uses[node].attentions}
         for found in attentions.values():
-            unmasked = attend(found, packed[found.key], packed[found.value])
-            for node in {found.key, found.value}:
-                note = "its mask is passed on as it is" if not unmasked else "the mask is a length"
-                if note not in sites[node].row.notes:
-                    sites[node].row.notes.append(note)
+            kernel, note = attend(program, found, packed[found.key], packed[found.value])
+            for node in dict.fromkeys((found.key, found.value)):
+                row = sites[node].row
+                row.kernel = row.kernel or kernel
+                if note not in row.notes:
+                    row.notes.append(note)
         dead = {node for each in packed for node in (each, *uses[each].nodes)}
         for node in sorted(dead, key=order.__getitem__, reverse=True):
             program.graph.erase_node(node)
@@ -198,15 +199,17 @@ def store(update: Update, found: Match, packed: list[Node]) -> None:
     g.call(kv_update.overload, *packed, *update.stored(found, g))
 
 
-def attend(found: Match, keys: list[Node], values: list[Node]) -> bool:
-    """Puts `kv_attention` in the place of an attention; whether no mask is left."""
+def attend(program: Program, found: Match, keys: list[Node], values: list[Node]) -> tuple[str, str]:
+    """Puts `kv_attention` in the place of an attention; what will run, and what became of the mask."""
     g, old = Builder(found.root), found.root
     positions, mask = limits(found, g)
     scale, softcap = scale_of(found), softcap_of(found)
     new = g.call(kv_attention.overload, found.q, *keys, *values, positions, None, mask, scale, softcap, 0)
     old.replace_all_uses_with(new)
     relay(new)
-    return mask is None
+    case = kv_attention.case_of(*(each.meta["val"] if isinstance(each, Node) else each for each in new.args))
+    kernel = kv_attention.plan(case, *program.bounds(expression(found.q.meta["val"].shape[2])))
+    return kernel, "the mask is a length" if mask is None else "its mask is passed on"
 
 
 def relay(node: Node) -> None:

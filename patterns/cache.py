@@ -1,7 +1,7 @@
 """Caches of keys and values: what stores new tokens in them, and the attention that reads them.
 
 A cache is a tensor [B, H, S, D] that the graph writes: B rows, H heads, S positions. A pattern of `UPDATES` binds
-`cache` and `new`, and `stored` gives what it stores as [B, H, T, D] and the positions, [T] or [B, T]. A pattern of
+`cache` and `new`; `stored` gives what it stores as [B, H, T, D] and the positions, [T] or [B, T]. A pattern of
 `ATTENTIONS` binds `q` [B, Hq, T, D], `key` and `value`, which are caches, and what `scale_of`, `softcap_of` and `limits`
 read. `limits` takes a mask apart: what of it says only how far each token sees becomes a position for each token.
 """
@@ -87,8 +87,16 @@ def one_for_each_position(m: Match) -> bool | str:
 def stored(m: Match, T: str) -> bool | str:
     """Whether new is [B, H, T, D]."""
     B, H, _, D = sizes(m.cache)
-    wanted = [B, H, T, D]
-    return sizes(m.new) == wanted or f"what is stored is [{', '.join(sizes(m.new))}], not [{', '.join(wanted)}]"
+    return is_new(m, [B, H, T, D])
+
+
+def is_new(m: Match, wanted: list[str]) -> bool | str:
+    """Whether new is floats of those sizes; it and what the cache is indexed with are where the cache is."""
+    if not isinstance(m.new, Node) or m.new.meta["val"].dtype not in FLOATS or sizes(m.new) != wanted:
+        found = f"{m.new.meta['val'].dtype} [{', '.join(sizes(m.new))}]" if isinstance(m.new, Node) else m.new
+        return f"what is stored is {found}, not floats [{', '.join(wanted)}]"
+    given = [m.new, *(m.bindings[name] for name in ("positions", "index") if name in m.bindings)]
+    return len({each.meta["val"].device for each in (m.cache, *given)}) == 1 or "its index is on another device"
 
 
 def as_long_as_the_slice(m: Match) -> bool | str:
@@ -108,8 +116,7 @@ def positions_of_rows(m: Match) -> bool | str:
     base, dims = behind(m.rows, [0, *[None] * (rows.ndim - 1)])
     if not counts(base, B) or dims[0] not in (0, None) or sizes(m.rows)[1:] not in ([], ["1"]):
         return "the rows that it is written at are not all of them, in order"
-    wanted = [B, *sizes(m.positions)[1:], H, D]
-    return sizes(m.new) == wanted or f"what is stored is [{', '.join(sizes(m.new))}], not [{', '.join(wanted)}]"
+    return is_new(m, [B, *sizes(m.positions)[1:], H, D])
 
 
 def index_of_positions(m: Match) -> bool | str:
@@ -159,7 +166,7 @@ def counted(m: Match, g: Builder, start: Size, count: int | None = None) -> Node
 def one_position(m: Match) -> bool | str:
     B, H, _, D = sizes(m.cache)
     inside = not isinstance(m.start, int) or m.start >= 0
-    return (inside and sizes(m.new) == [B, H, D]) or "what is stored is not [B, H, D] at a position from the front"
+    return is_new(m, [B, H, D]) if inside else "its position is counted from the back"
 
 
 @dataclass(frozen=True)
