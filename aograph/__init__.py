@@ -40,6 +40,6 @@ __all__ = [
     "optimize", "load_pretrained", "explain", "calibrate", "refresh", "load", "OptimizedModule", "Artifact",
     "LoadingReport", "LinearStatistics", "Recipe", "Rule", "Scheme", "Float8Dynamic", "Float8DynamicSparse24",
     "Float8WeightOnly", "Int4WeightOnly", "Int8Dynamic", "Int8DynamicSparse24", "Int8WeightOnly", "KV8", "KV4",
-    "KVFP8", "Keep", "Sparse24", "Report", "Row", "AographError", "ArtifactError", "CaptureError", "CompileError", "InputError", "PassError",
-    "RecipeError", "WeightError",
+    "KVFP8", "Keep", "Sparse24", "Report", "Row", "AographError", "ArtifactError", "CaptureError", "CompileError",
+    "InputError", "PassError", "RecipeError", "WeightError",
 ]  # fmt: skip

@@ -31,8 +31,8 @@ class Pack:
 
     `weight` computes the original and `function(weight) -> tuple of tensors` packs it; `names` are the constants
     that the result fills. `kind` says what the function does, `key` what the constants hold. `op(x, packed) -> y` is
-    the rewritten op without bias, whose error goes to the `rows` of the report; None where nothing is rounded. state: the graph
-    writes what is packed, so that all graphs of a model have to read it in this form.
+    the rewritten op without bias, whose error goes to the `rows` of the report; None where nothing is rounded. `state`:
+    the graph writes what is packed, so that all graphs of a model have to read it in this form.
     """
 
     kind: str

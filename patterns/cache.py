@@ -2,8 +2,8 @@
 
 A cache is a tensor [B, H, S, D] that the graph writes: B rows, H heads, S positions. A pattern of `UPDATES` binds
 `cache` and `new`; `stored` gives what it stores as [B, H, T, D] and the positions, [T] or [B, T]. A pattern of
-`ATTENTIONS` binds `q` [B, Hq, T, D], `key` and `value`, which are caches, and what `scale_of`, `softcap_of` and `limits`
-read. `limits` takes a mask apart: what of it says only how far each token sees becomes a position for each token.
+`ATTENTIONS` binds `q` [B, Hq, T, D], `key` and `value`, which are caches, and what `scale_of`, `softcap_of` and
+`limits` read. `limits` takes a mask apart: where it says how far each token sees, that becomes a position for each.
 """
 
 from __future__ import annotations
@@ -464,7 +464,7 @@ def arranged(g: Builder, node: Node, dims: Dims) -> Node:
 
 
 def limits(m: Match, g: Builder) -> tuple[Node, Node | None]:
-    """positions [B, T] int64, up to which each token sees, and the mask [B or 1, Hq or 1, T or 1, S] that is left.
+    """positions [B, T] int64, up to which each token sees, and the mask [B or 1, Hq or 1, T, S] that is left.
 
     None where the attention's mask says no more than that.
     """
@@ -491,7 +491,7 @@ def limits(m: Match, g: Builder) -> tuple[Node, Node | None]:
                     each = arranged(g, part.node, part.dims)
                     each = g.call(aten.logical_not.default, each) if part.negated else each
                     left = each if left is None else g.call(aten.logical_and.default, left, each)
-            return g.call(aten.expand.default, positions, [B, T]), along_cache(g, left, S)
+            return g.call(aten.expand.default, positions, [B, T]), spread(g, left, m, T)
     causal = m.bindings.get("causal") is True
     positions = (
         g.call(aten.arange.default, T, dtype=torch.int64, device=device)
@@ -502,10 +502,12 @@ def limits(m: Match, g: Builder) -> tuple[Node, Node | None]:
         given = g.call(aten.unsqueeze.default, given, 0)
     if negated:
         given = g.call(aten.logical_not.default, given)
-    return g.call(aten.expand.default, positions, [B, T]), along_cache(g, given, S)
+    return g.call(aten.expand.default, positions, [B, T]), spread(g, given, m, T)
 
 
-def along_cache(g: Builder, mask: Node | None, S: int) -> Node | None:
-    """A mask with a size of S along the cache."""
-    wide = mask is None or sizes(mask)[3] == str(S)
-    return mask if wide else g.call(aten.expand.default, mask, [-1, -1, -1, S])
+def spread(g: Builder, mask: Node | None, m: Match, T: Size) -> Node | None:
+    """A mask with all of the T tokens and the S positions."""
+    wanted = [sizes(m.q)[2], sizes(m.key)[2]]
+    if mask is None or sizes(mask)[2:] == wanted:
+        return mask
+    return g.call(aten.expand.default, mask, [-1, -1, T, m.key.meta["val"].shape[2]])
