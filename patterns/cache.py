@@ -91,8 +91,16 @@ def stored(m: Match, T: str) -> bool | str:
 
 
 def is_new(m: Match, wanted: list[str]) -> bool | str:
-    """Whether new is floats of those sizes; it and what the cache is indexed with are where the cache is."""
-    if not isinstance(m.new, Node) or m.new.meta["val"].dtype not in FLOATS or sizes(m.new) != wanted:
+    """Whether new is floats of those sizes; it and what the cache is indexed with are where the cache is.
+
+    Two symbols may stand for one number of tokens: where neither is 1, indexing takes nothing but equal ones.
+    """
+    given = isinstance(m.new, Node) and len(sizes(m.new)) == len(wanted)
+    same = given and all(
+        found == size or not (found.isdecimal() or size.isdecimal())
+        for found, size in zip(sizes(m.new), wanted, strict=True)
+    )
+    if not same or m.new.meta["val"].dtype not in FLOATS:
         found = f"{m.new.meta['val'].dtype} [{', '.join(sizes(m.new))}]" if isinstance(m.new, Node) else m.new
         return f"what is stored is {found}, not floats [{', '.join(wanted)}]"
     given = [m.new, *(m.bindings[name] for name in ("positions", "index") if name in m.bindings)]

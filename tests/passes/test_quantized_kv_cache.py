@@ -228,6 +228,24 @@ def test_one_position_for_all():
             assert 0 < error(fast(x, torch.tensor([at])), model(x, torch.tensor([at]))) < 0.02
 
 
+class Causal(Attention):
+    """All positions at once, causal; nothing but the update says that there are as many positions as tokens."""
+
+    def forward(self, x, positions):
+        q, k, v = (f(x).view(B, -1, H, D).transpose(1, 2) for f in (self.q, self.k, self.v))
+        self.keys[:, :, positions], self.values[:, :, positions] = k, v
+        y = F.scaled_dot_product_attention(q, self.keys, self.values, is_causal=True)
+        return self.o(y.transpose(1, 2).reshape(B, -1, H * D))
+
+
+def test_causal_attention_from_the_first_position_on():
+    model, example = Causal(), (texts(S), torch.arange(S))
+    fast = aograph.optimize(model, "kv8", example, compile=False)
+    assert all(row.notes == ["the mask is a length"] for row in fast.report.caches)
+    with torch.no_grad():
+        assert 0 < error(fast(*example), model(*example)) < 0.02
+
+
 # --- masks -------------------------------------------------------------------------------------------------
 
 
