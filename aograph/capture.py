@@ -315,6 +315,11 @@ def origin(node: Node) -> tuple[str, str]:
 # --- models, calls and devices -----------------------------------------------------------------------------
 
 
+def handed_over(model: nn.Module) -> bool:
+    """Whether some of a model's tensors are on meta, as is what was handed over and packed."""
+    return any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy of a model whose tensors are on the meta device; the model itself is not copied."""
     memo: dict[int, Any] = {}

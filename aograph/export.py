@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from . import archive, environment, repacking
-from .capture import Capture, on_meta
+from .capture import Capture, handed_over, on_meta
 from .decoding import CacheShape, NoSteps, cache_shapes, default_length, first_line, step_of
 from .errors import CaptureError, CompileError, InputError, RecipeError
 from .inline import Inlined, inline, is_tensor
@@ -93,7 +93,7 @@ def save(
     length = max_length or default_length(model)
     notes, generation = [], None
     try:
-        whole = on_meta(model) if any(p.is_meta for p in model.parameters()) else model  # not on several devices
+        whole = on_meta(model) if handed_over(model) else model  # not on several devices
         shapes = cache_shapes(whole, length)
         graphs |= step_graphs(optimized, whole, shapes, batch_size, length)
         generation = generation_of(model, shapes, batch_size, length)
@@ -143,6 +143,11 @@ def check_request(optimized: OptimizedModule, max_length: int | None, batch_size
         )
     if not optimized._captures:
         raise InputError("there is no graph to save yet: call the module once, or give example_inputs to optimize")
+    _, captured, _ = optimized._captures[min(optimized._captures)]
+    if state := [name for each in captured.program.packs.values() if each.state for name in each.weight.leaves]:
+        raise InputError(
+            f"an artifact cannot hold a quantized cache: save the model under a recipe without one for {state[0]}"
+        )
     for name, value, least in (("max_length", max_length, 2), ("batch_size", batch_size, 1)):
         if value is not None and (not isinstance(value, int) or value < least):
             raise InputError(f"{name} is {value!r}: give a whole number from {least} on")

@@ -15,7 +15,7 @@ from .patterns.language import arguments, mutates
 
 if TYPE_CHECKING:
     from .report import Row
-    from .schemes import Scheme
+    from .schemes import KVCache, Scheme
     from .weights import Pack
 
 Bound = tuple[int, int | None]  # an inclusive range of sizes; None: no upper bound
@@ -59,14 +59,23 @@ class Site:
 
 
 @dataclass
+class CacheSite:
+    """A tensor [B, H, S, D] that the graph writes, its row, and the scheme that the recipe gives it."""
+
+    node: Node
+    row: Row
+    scheme: KVCache | None = None
+
+
+@dataclass
 class Program:
     """One captured graph.
 
     `graph_module` takes the flat inputs and returns the flat outputs. Each weight, buffer and constant is a
     `get_attr` node under its qualified name, one per storage, its tensor in `constants`; `aliases` maps the other
     names of tied weights to that name. `mutated` names the buffers that the graph writes. `ranges` bounds the
-    symbols of dynamic dimensions. `sites` are the places where schemes may apply, `rows` the report's rows of all
-    candidates, `packs` what passes have packed, by key.
+    symbols of dynamic dimensions. `sites` are the places where schemes may apply, `caches` those where
+    schemes for caches may, `rows` the report's rows of all candidates, `packs` what passes have packed, by key.
     """
 
     graph_module: GraphModule
@@ -75,6 +84,7 @@ class Program:
     aliases: dict[str, str] = field(default_factory=dict)
     ranges: dict[sympy.Symbol, Bound] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
+    caches: list[CacheSite] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     packs: dict[str, Pack] = field(default_factory=dict)
 

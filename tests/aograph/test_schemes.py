@@ -3,6 +3,9 @@ import dataclasses
 import pytest
 
 from aograph import (
+    KV4,
+    KV8,
+    KVFP8,
     Float8Dynamic,
     Float8DynamicSparse24,
     Float8WeightOnly,
@@ -25,7 +28,8 @@ def test_presets():
         "int8dq-sparse24": Int8DynamicSparse24,
         "float8dq-sparse24": Float8DynamicSparse24,
     }
-    assert {"none": Keep, **weight_only, **dynamic, **sparse} == PRESETS
+    caches = {"kv8": KV8, "kv4": KV4, "kvfp8": KVFP8}
+    assert {"none": Keep, **weight_only, **dynamic, **sparse, **caches} == PRESETS
 
 
 @pytest.mark.parametrize("scheme", PRESETS.values(), ids=PRESETS.keys())

@@ -1,0 +1,175 @@
+"""kv_attention: attention of new tokens over packed caches of keys and values.
+
+q [B, Hq, T, D]; k, v with their scales: packed caches [B, H, S, D] and [B, H, S, Dv] (`kv_cache.py`); query head i
+reads KV head i // (Hq / H). Token t of row b sees the cache's positions start[b] … positions[b, t], of them
+only the newest `window` where window > 0, and of them only what mask allows:
+    positions [B, T] int64   S - 1 and more: up to the end; negative: nothing
+    start [B] int64          None: 0
+    mask                     bool (True: seen), or float, added to the scores; [B or 1, Hq or 1, T, S], or None
+    scores = q · k * scale, then, where softcap > 0, softcap * tanh(scores / softcap)
+-> [B, Hq, T, Dv] in q's dtype: softmax(scores) · v, and zeros for a token that sees nothing. Positions that no token of
+a row sees change nothing, whatever they hold; NaN at one that some see may reach all tokens of that row.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .kv_cache import FLOATS, CacheCase, CacheOp
+from .op import capability
+
+BLOCK = 1024  # positions at a time
+BLOCKS_IN_GRAPH = 8  # at most, as each becomes a part of it
+SCORES = {"cpu": 1 << 22}  # in work at a time: on CPU little enough for its caches, with one block of positions,
+MANY_SCORES = 1 << 27  # elsewhere what keeps a GPU busy
+
+kv_attention = CacheOp(
+    "kv_attention(Tensor q, Tensor k, Tensor k_scales, Tensor v, Tensor v_scales, Tensor positions, Tensor? start, "
+    "Tensor? mask, float scale, float softcap, int window) -> Tensor"
+)
+
+
+@kv_attention.fake
+def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window):
+    case = kv_attention.case_of(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window)
+    return q.new_empty(*q.shape[:3], case.N)
+
+
+@kv_attention.case
+def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window) -> CacheCase:
+    keys, D = kv_attention.fit(k, k_scales)
+    values, of_values = kv_attention.fit(v, v_scales)
+    B, H, S, _ = k.shape
+    check, device = kv_attention.check, k.device
+    check("v", v, device, (v.dtype,), (B, H, S, None))
+    check("q", q, device, FLOATS, (B, None, None, D))
+    _, Hq, T, _ = q.shape
+    if Hq % H:
+        raise ValueError(f"kv_attention: q has {Hq} heads; expected a multiple of the {H} KV heads")
+    check("positions", positions, device, (torch.int64,), (B, T))
+    if start is not None:
+        check("start", start, device, (torch.int64,), (B,))
+    if mask is not None:
+        shapes = [(rows, heads, T, S) for rows in (B, 1) for heads in (Hq, 1)]
+        check("mask", mask, device, (torch.bool, *FLOATS), *shapes)
+    return CacheCase(
+        device.type, q.dtype, T, of_values, D, None, capability(device), rows=B, heads=H, queries=Hq // H, length=S,
+        keys=keys, values=values, softcap=softcap > 0, mask=mask.dtype if mask is not None else None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What tokens see: the arguments of the op, with mask [B or 1, H or 1, G or 1, T, S]."""
+
+    positions: Tensor
+    start: Tensor | None
+    window: int
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, positions: Tensor, start: Tensor | None, mask: Tensor | None, window: int, H: int) -> "Sight":
+        """From the arguments of the op, for H KV heads."""
+        if mask is not None:
+            mask = mask.unflatten(1, (H, -1)) if mask.shape[1] > 1 else mask[:, None]
+        return cls(positions, start, window, mask)
+
+    def tokens(self, part: slice) -> "Sight":
+        """That of some of the tokens."""
+        mask = None if self.mask is None else self.mask[:, :, :, part]
+        return replace(self, positions=self.positions[:, part], mask=mask)
+
+    def seen(self, part: slice) -> Tensor:
+        """[B, T, n]: which tokens see which of n positions, mask aside."""
+        places = torch.arange(part.start, part.stop, device=self.positions.device)
+        positions = self.positions[..., None]
+        seen = places <= positions
+        if self.start is not None:
+            seen = seen & (places >= self.start[:, None, None])
+        return seen & (places > positions - self.window) if self.window > 0 else seen
+
+    def span(self, S: int) -> range:
+        """The positions that may be seen, of S; all of them where asking would wait for a GPU, and in a graph."""
+        if self.positions.device.type != "cpu" or torch.compiler.is_exporting():
+            return range(S)
+        if not self.positions.numel():
+            return range(0)
+        first = int(self.positions.min()) - self.window + 1 if self.window > 0 else 0
+        first = first if self.start is None else max(first, int(self.start.min()))
+        return range(max(first, 0), min(int(self.positions.max()) + 1, S))
+
+
+def scores_of(q: Tensor, keys: Tensor, seen: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """[B, H, G, T, n] of q [B, H, G, T, D] and n keys [B, H, n, D]; -inf where a token does not see a key."""
+    scores = (q.flatten(2, 3) @ keys.mT).unflatten(2, q.shape[2:4]) * scale
+    if softcap > 0:
+        scores = (scores / softcap).tanh() * softcap
+    seen = seen[:, None, None]
+    if mask is not None and mask.dtype is torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        scores = scores + mask
+    return scores.masked_fill(~seen, -torch.inf)
+
+
+def values_of(v: Tensor, v_scales: Tensor, seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, H, n, Dv] in fp32 or fp64: n values, 0 where no token sees them (seen [B, T, n])."""
+    unseen = ~seen.any(1)[(slice(None), None, ..., *[None] * (v_scales.dim() - 3))]
+    return kv_attention.format_of(v, v_scales).dequantize(v, v_scales.masked_fill(unseen, 0), dtype)
+
+
+def product(weights: Tensor, values: Tensor) -> Tensor:
+    """[B, H, G, T, Dv] of weights [B, H, G, T, n] and values [B, H, n, Dv]."""
+    return (weights.flatten(2, 3) @ values).unflatten(2, weights.shape[2:4])
+
+
+@kv_attention.reference
+def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window):
+    H, S = k.shape[1:3]
+    sight = Sight.of(positions, start, mask, window, H)
+    seen = sight.seen(slice(0, S))
+    keys = kv_attention.format_of(k, k_scales).dequantize(k, k_scales, torch.float64)
+    scores = scores_of(q.double().unflatten(1, (H, -1)), keys, seen, sight.mask, scale, softcap)
+    weights = scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
+    return product(weights, values_of(v, v_scales, seen, torch.float64)).flatten(1, 2).to(q.dtype)
+
+
+@kv_attention.implementation("blocks", supports=lambda case: True, standalone=True)
+def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window):
+    """In fp32, a block of tokens at a time, and for it blocks of positions; in a graph all tokens: T is symbolic."""
+    (B, Hq, T, _), (H, S) = q.shape, k.shape[1:3]
+    q, sight = q.unflatten(1, (H, -1)), Sight.of(positions, start, mask, window, H)
+    parts = [slice(None)]
+    if not torch.compiler.is_exporting():
+        few = max(SCORES.get(q.device.type, MANY_SCORES) // max(B * Hq * BLOCK, 1), 1)
+        parts = [slice(first, first + few) for first in range(0, max(T, 1), few)]
+    y = []
+    for part in parts:
+        tokens = sight.tokens(part)
+        span = tokens.span(S)
+        y.append(online(q[:, :, :, part].float(), k, k_scales, v, v_scales, tokens, span, scale, softcap).to(q.dtype))
+    return torch.cat(y, 3).flatten(1, 2)
+
+
+def online(q, k, k_scales, v, v_scales, sight, span, scale, softcap):
+    """[B, H, G, T, Dv] fp32 of q [B, H, G, T, D] fp32, over a span of positions, with a running maximum and sum.
+
+    Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
+    """
+    form = kv_attention.format_of(k, k_scales)
+    most = q.new_full((*q.shape[:4], 1), -torch.inf)
+    total, y = torch.zeros_like(most), q.new_zeros(*q.shape[:4], kv_attention.fit(v, v_scales)[1])
+    size = max(BLOCK, -(-len(span) // BLOCKS_IN_GRAPH)) if torch.compiler.is_exporting() else BLOCK
+    for first in span[::size]:
+        part = slice(first, min(first + size, span.stop))
+        seen = sight.seen(part)
+        keys = form.dequantize(k[:, :, part], k_scales[:, :, part], torch.float32)
+        mask = None if sight.mask is None else sight.mask[..., part]
+        scores = scores_of(q, keys, seen, mask, scale, softcap)
+        before, most = most, torch.maximum(most, scores.amax(-1, keepdim=True))
+        shift = most.masked_fill(most == -torch.inf, 0)  # of a token that has seen nothing yet
+        weights, kept = (scores - shift).exp(), (before - shift).exp()
+        total = total * kept + weights.sum(-1, keepdim=True)
+        y = y * kept + product(weights, values_of(v[:, :, part], v_scales[:, :, part], seen, torch.float32))
+    return y / total.masked_fill(total == 0, 1)
