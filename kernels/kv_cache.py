@@ -88,7 +88,7 @@ class KVFormat:
         if not self.asymmetric:
             values = widen(codes, dtype).unflatten(-1, (scales.shape[-1], -1))
             return values.mul_(scales[..., None]).flatten(-2)
-        pairs = codes.to(torch.int16)
+        pairs = codes.to(torch.int16, memory_format=torch.contiguous_format)
         halves = (pairs | pairs << 4).bitwise_and_(0x0F0F).view(torch.int8)  # the low byte comes first
         scale, minimum = scales.to(dtype)[..., None].unbind(-2)
         return halves.to(dtype).unflatten(-1, (scales.shape[-2], -1)).mul_(scale).add_(minimum).flatten(-2)

@@ -81,6 +81,14 @@ def test_the_layout_of_int4():
 
 
 @each
+def test_strides_do_not_matter(form):
+    codes, scales = form.quantize(torch.randn(3, 5, 64))
+    expected = form.dequantize(codes, scales, torch.float32)
+    turned = codes.mT.contiguous().mT, scales
+    assert turned[0].stride(-1) != 1 and form.dequantize(*turned, torch.float32).equal(expected)
+
+
+@each
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nan_stays_in_its_group(form, bad):
     x = torch.randn(2, 64)
