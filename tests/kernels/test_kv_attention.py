@@ -410,3 +410,11 @@ def test_decoding_by_channel_in_graphs(fresh_compiler):
         example = x[:, :, :3].contiguous(), torch.arange(3).repeat(2, 1)
         exported = torch.export.export(ByChannel(*made), example, dynamic_shapes=({2: dim}, {1: dim}), strict=False)
         torch.testing.assert_close(steps(exported.module(), x), expected)
+
+
+def test_a_gpu_is_not_waited_for_by_channel():
+    """Tensors on meta have no values that could be asked for."""
+    k, k_scales, *window = INT4_CHANNEL.empty(2, 2, 140, 32, "meta")
+    q, positions = torch.empty(2, 4, 3, 32, device="meta"), torch.empty(2, 3, dtype=torch.int64, device="meta")
+    arguments = q, k, k_scales, *INT8.empty(2, 2, 140, 32, "meta"), positions, positions[:, 0], None, 0.1, 0.0, 0
+    assert op["blocks"].function(*arguments, *window).shape == (2, 4, 3, 32)

@@ -337,3 +337,12 @@ def test_by_channel_in_graphs(fresh_compiler):
                 expected = expected_of(expected, *call)
             cache = module.codes, module.scales, module.window, module.held
             assert values_of(cache).equal(values_of(expected))
+
+
+@pytest.mark.parametrize("T", [1, 5, S])
+def test_a_gpu_is_not_waited_for(T):
+    """Tensors on meta have no values that could be asked for."""
+    codes, scales, window, held = CHANNEL.empty(B, H, S, D, "meta")
+    new, positions = torch.empty(B, H, T, D, device="meta"), torch.empty(B, T, dtype=torch.int64, device="meta")
+    kv_update(codes, scales, new, positions, window, held)
+    kv_update.oracle.function(codes, scales, new, positions, window, held)
