@@ -134,17 +134,14 @@ class Keys:
     def dequantize(self, part: slice, dtype: torch.dtype) -> Tensor:
         """[B, H, n, D] in fp32 or fp64: those of n positions, from the first of a block on."""
         form, W = kv_attention.format_of(self.codes, self.scales, self.window), self.block
-        blocks = slice(part.start // W, -(-part.stop // W))
-        keys = self.codes[:, :, blocks.start * W : blocks.stop * W]
-        keys = form.dequantize(keys, self.scales[:, :, blocks], dtype)
-        if self.window is not None:
-            keys = keys.unflatten(2, (blocks.stop - blocks.start, W))
-            place, rows = self.held - blocks.start, torch.arange(len(keys), device=keys.device)
-            inside = (place >= 0) & (place < keys.shape[2])
-            place = place.clamp(0, keys.shape[2] - 1)
-            keys[rows, :, place] = torch.where(inside[:, None, None, None], self.window.to(dtype), keys[rows, :, place])
-            keys = keys.flatten(2, 3)[:, :, : part.stop - part.start]
-        return keys
+        first, last = part.start // W, -(-part.stop // W)
+        keys = form.dequantize(self.codes[:, :, first * W : last * W], self.scales[:, :, first:last], dtype)
+        if self.window is None or self.held is None or first == last:
+            return keys
+        blocks, rows, place = keys.unflatten(2, (-1, W)), torch.arange(len(keys), device=keys.device), self.held - first
+        inside, place = (place >= 0) & (place < last - first), place.clamp(0, last - first - 1)
+        blocks[rows, :, place] = torch.where(inside[:, None, None, None], self.window.to(dtype), blocks[rows, :, place])
+        return keys[:, :, : part.stop - part.start]
 
 
 def values_of(v: Tensor, v_scales: Tensor, seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -341,6 +341,29 @@ def test_nan_in_a_window_comes_out(name):
     assert y[0, 2:].isnan().any(-1).all() and y[0, :2].isfinite().all() and y[1].isfinite().all()
 
 
+def test_nothing_to_compute_by_channel():
+    for B, T, S in ((0, 1, 8), (2, 0, 8), (2, 1, 0)):
+        k, k_scales, *window = INT4_CHANNEL.empty(B, 2, S, 32)
+        positions = torch.zeros(B, T, dtype=torch.int64)
+        kv_update(k, k_scales, torch.randn(B, 2, 0, 32), positions[:, :0], *window)
+        for name in ("reference", "blocks"):
+            arguments = (
+                torch.randn(B, 4, T, 32),
+                k,
+                k_scales,
+                *INT8.empty(B, 2, S, 32),
+                positions,
+                None,
+                None,
+                0.1,
+                0.0,
+                0,
+            )
+            assert op.run(*arguments, *window, implementation=name).equal(torch.zeros(B, 4, T, 32))
+    codes, scales, *window = INT4_CHANNEL.empty(0, 2, 8, 32)
+    kv_update(codes, scales, torch.randn(0, 2, 3, 32), torch.arange(3), *window)
+
+
 def test_arguments_by_channel():
     (k, k_scales, v, v_scales), (window, held) = by_channel(2, 2, 37, 32, [0, 4])
     q, positions = torch.randn(2, 4, 3, 32).bfloat16(), torch.zeros(2, 3, dtype=torch.int64)
