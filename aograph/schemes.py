@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .errors import RecipeError
-from .kernels.kv_cache import FP8, INT4, INT8, KVFormat
+from .kernels.kv_cache import FP8, INT4, INT4_CHANNEL, INT8, KVFormat
 from .kernels.prune24 import METHODS
 from .kernels.quantized_activation import BLOCK
 from .kernels.rounding import ALGORITHMS, GROUP_SIZES
@@ -255,7 +255,7 @@ class Float8DynamicSparse24(Sparse, Float8Dynamic):
 
 @dataclass(frozen=True)
 class KVCache(Scheme):
-    """What schemes have in common that quantize caches of keys and values, each token by itself as it is stored.
+    """What schemes have in common that quantize caches of keys and values as tokens are stored.
 
     format: how, but for what the parameters of a scheme say.
     """
@@ -264,14 +264,14 @@ class KVCache(Scheme):
     differentiable: ClassVar[bool] = False
     format: ClassVar[KVFormat]
 
-    @property
-    def packed_format(self) -> KVFormat:
+    def packed_format(self, keys: bool) -> KVFormat:
+        """How a cache is packed; keys: whether it holds keys alone."""
         return self.format
 
-    def refuse_head(self, D: int) -> str | None:
+    def refuse_head(self, D: int, keys: bool) -> str | None:
         """Why a cache with heads of D cannot take the scheme; None if it can."""
         try:
-            self.packed_format.groups(D)
+            self.packed_format(keys).groups(D)
         except ValueError as error:
             return str(error)
         return None
@@ -295,20 +295,25 @@ class KVFP8(KVCache):
 
 @dataclass(frozen=True)
 class KV4(KVCache):
-    """Caches of keys and values in 4 bits, asymmetric, a scale and a minimum for each group of a token's head.
+    """Caches of keys and values in 4 bits, asymmetric, with a scale and a minimum for what is quantized together.
 
-    group_size: how many neighbours along the head share them: 16, 32, 64 or 128, which must divide the head size.
+    group_size: how many neighbours along the head of a token: 16, 32, 64 or 128, which must divide the head size.
+    keys: "channel": keys instead by channel, 64 tokens of each, as some channels have outliers at all tokens (Liu et
+        al., KIVI, 2024); the newest 64 or fewer tokens stay as they are; tokens must come in order. "token": as values.
     """
 
     preset: ClassVar[str] = "kv4"
     format: ClassVar[KVFormat] = INT4
     group_size: int = 32
+    keys: str = "channel"
 
     def __post_init__(self) -> None:
         self.check("group_size", (16, 32, 64, 128))
+        self.check("keys", ("channel", "token"))
 
-    @property
-    def packed_format(self) -> KVFormat:
+    def packed_format(self, keys: bool) -> KVFormat:
+        if keys and self.keys == "channel":
+            return INT4_CHANNEL
         return dataclasses.replace(self.format, group_size=self.group_size)
 
 

@@ -26,6 +26,7 @@ from .base import Pass, Stage, constant_names, packed_nodes
 from .remove_noops import erase_dead
 
 aten = torch.ops.aten
+FIELDS = "codes", "scales", "window", "held"  # of what a cache is packed into
 
 
 @dataclass
@@ -35,6 +36,11 @@ class Uses:
     whole: list[Node]
     updates: list[tuple[Update, Match]] = field(default_factory=list)
     attentions: list[Match] = field(default_factory=list)
+
+    @property
+    def keys(self) -> bool:
+        """Whether the cache holds keys, and no values."""
+        return all(m.value is not self.whole[0] for m in self.attentions)
 
     @property
     def nodes(self) -> set[Node]:
@@ -60,7 +66,7 @@ class QuantizedKVCache(Pass):
         while (alone := next(unpaired(sites, uses), None)) is not None:
             node, other = alone
             refuse(sites.pop(node), NEAR_MISS, f"its attention reads {other.target} too, which stays as it is")
-        packed = {node: pack(program, cache) for node, cache in sites.items()}
+        packed = {node: pack(program, cache, uses[node].keys) for node, cache in sites.items()}
         for node in packed:
             for update, found in uses[node].updates:
                 store(update, found, packed[node])
@@ -122,7 +128,7 @@ def reason(cache: CacheSite, uses: Uses, misses: dict[Node, Miss], order: dict[N
         return NEAR_MISS, f"it has {value.ndim} dimensions, not [B, H, S, D]"
     if value.dtype not in FLOATS:
         return NEAR_MISS, f"unsupported dtype {value.dtype}"
-    if (refused := cache.scheme.refuse_head(int(value.shape[3]))) is not None:
+    if (refused := cache.scheme.refuse_head(int(value.shape[3]), uses.keys)) is not None:
         return NEAR_MISS, refused
     known = uses.nodes
     roots = {m.root for m in uses.attentions}
@@ -179,15 +185,15 @@ def refuse(cache: CacheSite, outcome: str, why: str) -> None:
 # --- rewriting ---------------------------------------------------------------------------------------------
 
 
-def pack(program: Program, cache: CacheSite) -> list[Node]:
-    """The codes and scales that stand for a cache, whatever is in it when they are made."""
-    node, form, row = cache.node, cache.scheme.packed_format, cache.row
+def pack(program: Program, cache: CacheSite, keys: bool) -> list[Node]:
+    """The codes and scales that stand for a cache, whatever is in it when they are made; by channel its window, too."""
+    node, form, row = cache.node, cache.scheme.packed_format(keys), cache.row
     name, like = node.target, node.meta["val"]
     with like.fake_mode:
-        fakes = form.empty(*like.shape, device=like.device)
-    kind = f"cache|{cache.scheme}"
-    names = constant_names(program, [name], ["codes", "scales"])
-    found = Pack(kind, Expression(name), form.quantize, names, None, [row], state=True)
+        fakes = form.empty(*like.shape, device=like.device, dtype=like.dtype)
+    kind = f"cache|{cache.scheme}|{'keys' if keys else 'values'}"
+    names = constant_names(program, [name], FIELDS[: len(fakes)])
+    found = Pack(kind, Expression(name), form.pack, names, None, [row], state=True)
     program.packs[found.key] = found
     program.mutated = (program.mutated - {name}) | set(names)
     row.outcome, row.scheme, row.bytes_after = REWRITTEN, str(cache.scheme), sum(map(nbytes, fakes))
@@ -196,7 +202,8 @@ def pack(program: Program, cache: CacheSite) -> list[Node]:
 
 def store(update: Update, found: Match, packed: list[Node]) -> None:
     g = Builder(found.root)
-    g.call(kv_update.overload, *packed, *update.stored(found, g))
+    codes, scales, *window = packed
+    g.call(kv_update.overload, codes, scales, *update.stored(found, g), *window)
 
 
 def attend(program: Program, found: Match, keys: list[Node], values: list[Node]) -> tuple[str, str]:
@@ -204,7 +211,9 @@ def attend(program: Program, found: Match, keys: list[Node], values: list[Node])
     g, old = Builder(found.root), found.root
     positions, mask = limits(found, g)
     scale, softcap = scale_of(found), softcap_of(found)
-    new = g.call(kv_attention.overload, found.q, *keys, *values, positions, None, mask, scale, softcap, 0)
+    codes, scales, *window = keys
+    seen = positions, None, mask, scale, softcap, 0
+    new = g.call(kv_attention.overload, found.q, codes, scales, *values, *seen, *window)
     old.replace_all_uses_with(new)
     relay(new)
     case = kv_attention.case_of(*(each.meta["val"] if isinstance(each, Node) else each for each in new.args))

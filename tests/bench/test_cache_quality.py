@@ -29,7 +29,8 @@ def test_a_recipe_rounds_what_is_in_the_cache(model):
     ids = torch.randint(97, (3, 12))
     exact, whole = contender(model, "bf16", 3, 16, "cpu")
     expected = losses(exact, ids)
-    for recipe, size, furthest in (("kv8", 2 * 2 * 2 * 36, 0.05), ("kv4", 2 * 2 * 2 * 20, 0.5)):
+    by_token = "kv4(keys=token)"
+    for recipe, size, furthest in (("kv8", 2 * 2 * 2 * 36, 0.05), (by_token, 2 * 2 * 2 * 20, 0.5)):
         step, found = contender(model, recipe, 3, 16, "cpu")
         assert found == size < whole
         assert 0 < (losses(step, ids) - expected).abs().max() < furthest

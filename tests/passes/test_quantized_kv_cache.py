@@ -172,7 +172,7 @@ def test_attentions(attention, heads):
     check(Attention(attention=attention, heads=heads), prefill=5, tokens=10)
 
 
-@pytest.mark.parametrize("recipe, largest", [("kv8", 0.02), ("kvfp8", 0.06), ("kv4", 0.2)])
+@pytest.mark.parametrize("recipe, largest", [("kv8", 0.02), ("kvfp8", 0.06), ("kv4", 0.2), ("kv4(keys=token)", 0.2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_formats(recipe, largest, dtype):
     check(Attention(size=32, dtype=dtype, heads=8, attention=ATTENTIONS["sdpa, enable_gqa"]), recipe, largest)
@@ -490,6 +490,85 @@ def test_compiled(fresh_compiler):
     assert 0 < error(decode(fast, x), decode(model, x)) < 0.03
 
 
+# --- keys by channel ---------------------------------------------------------------------------------------
+
+
+class Long(Attention):
+    """Room for 150 tokens: two blocks and a part of one."""
+
+    def __init__(self, **more):
+        super().__init__(**more, heads=8, size=32, attention=ATTENTIONS["sdpa, enable_gqa"])
+        self.keys, self.values = (torch.zeros(B, H, 150, 32, dtype=self.keys.dtype) for _ in range(2))
+        with torch.no_grad():
+            self.k.bias[::7] += 20  # channels with outliers
+
+    def mask(self, positions):
+        return torch.arange(150) <= positions[:, None]
+
+
+@torch.no_grad()
+def test_outliers_of_channels_cost_less_by_channel():
+    model, x = Long(), texts(150)
+    expected = decode(model, x, 70)
+    by_channel, by_token = (decode(optimized(model, recipe), x, 70) for recipe in ("kv4", "kv4(keys=token)"))
+    values = decode(optimized(model, "kv4 + keys:kv8"), x, 70)  # of values alone
+    assert error(by_channel, values) < 0.5 * error(by_token, values)
+    assert error(by_channel, expected) < 0.15
+
+
+@pytest.mark.parametrize("tokens", [64, 100])
+def test_a_cache_that_holds_tokens_is_taken_over_with_its_newest_block(tokens):
+    model, x = Long(), texts(140)
+    decode(model, x[:, :tokens], tokens)
+    fast = optimized(model, "kv4")
+    state = fast.state_dict()
+    assert state["keys_held"].tolist() == [(tokens - 1) // 64] * B
+    first = (tokens - 1) // 64 * 64
+    assert state["keys_window"][:, :, : tokens - first].equal(model.keys[:, :, first:tokens])
+    with torch.no_grad():
+        for t in range(tokens, 140):
+            step = x[:, t : t + 1], torch.tensor([t])
+            assert 0 < error(fast(*step), model(*step)) < 0.3
+
+
+def test_what_a_cache_by_channel_is_made_of():
+    model = Long(dtype=torch.bfloat16)
+    fast = optimized(model, "kv4")
+    found = {name: (each.dtype, list(each.shape)) for name, each in fast.state_dict().items() if "_" in name}
+    assert found == {
+        "keys_codes": (torch.uint8, [B, H, 192, 16]), "keys_scales": (torch.bfloat16, [B, H, 3, 32, 2]),
+        "keys_window": (torch.bfloat16, [B, H, 64, 32]), "keys_held": (torch.int64, [B]),
+        "values_codes": (torch.uint8, [B, H, 150, 16]), "values_scales": (torch.bfloat16, [B, H, 150, 1, 2]),
+    }  # fmt: skip
+    after = {row.name: row.bytes_after for row in fast.report.caches}
+    for name in ("keys", "values"):
+        assert after[name] == sum(v.nbytes for k, v in fast.state_dict().items() if k.startswith(f"{name}_"))
+
+
+def test_a_cache_of_keys_and_values_is_kept_by_token():
+    class Shared(Long):
+        def forward(self, x, positions):
+            q, k = (f(x).view(B, -1, n, 32).transpose(1, 2) for f, n in ((self.q, 8), (self.k, H)))
+            self.update(self.keys, k, positions)
+            y = self.attention(q, self.keys, self.keys, self.mask(positions))
+            return self.o(y.transpose(1, 2).reshape(B, -1, 256))
+
+    fast = optimized(Shared(), "kv4")
+    assert len(fast.report.caches) == 1 and "keys_window" not in fast.state_dict()
+
+
+def test_tokens_out_of_order_by_channel_are_an_error():
+    fast = optimized(Long(), "kv4", tokens=2)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"count up by one.*kv4\(keys=token\)"):
+        fast(texts(2), torch.tensor([5, 3]))
+
+
+def test_compiled_by_channel(fresh_compiler):
+    model, x = Long(), texts(80)
+    fast = aograph.optimize(model, "int8wo+kv4", (x[:, :1], torch.arange(1)))
+    assert 0 < error(decode(fast, x), decode(model, x)) < 0.2
+
+
 # --- recipes and reports -----------------------------------------------------------------------------------
 
 
@@ -500,6 +579,13 @@ def test_composition():
     counts = operators(fast._captures[0][1].program)
     assert counts["aograph.kv_update"] == 2 and counts["aograph.kv_attention"] == 1
     assert counts["aograph.int8_linear"] and "aten.linear" not in counts
+
+
+def test_keys_by_channel_or_by_token():
+    example = texts(1), torch.arange(1)
+    for recipe in ("kv4(group_size=16)", "kv4(group_size=16, keys=token)"):
+        rows = aograph.explain(Attention(), recipe, example).caches
+        assert [row.scheme for row in rows] == [recipe] * 2 and all(row.outcome == "rewritten" for row in rows)
 
 
 def test_rules_by_name():
@@ -532,7 +618,7 @@ def test_a_disabled_pass():
 
 
 def test_heads_that_a_format_does_not_take():
-    report = aograph.explain(Attention(), [aograph.Rule(KV4(32))], (texts(1), torch.arange(1)))
+    report = aograph.explain(Attention(), [aograph.Rule(KV4(32, "token"))], (texts(1), torch.arange(1)))
     assert all("a head of 16" in row.notes[0] for row in report.caches)
 
 
