@@ -76,6 +76,7 @@ class Program:
     names of tied weights to that name. `mutated` names the buffers that the graph writes. `ranges` bounds the
     symbols of dynamic dimensions. `sites` are the places where schemes may apply, `caches` those where
     schemes for caches may, `rows` the report's rows of all candidates, `packs` what passes have packed, by key.
+    `private` names the inputs whose tensors nobody but us makes and reads, so that passes may change their form.
     """
 
     graph_module: GraphModule
@@ -87,6 +88,7 @@ class Program:
     caches: list[CacheSite] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     packs: dict[str, Pack] = field(default_factory=dict)
+    private: frozenset[str] = frozenset()
 
     @property
     def graph(self) -> Graph:

@@ -1,16 +1,18 @@
 """Caches of keys and values under a `KVCache` rule are kept in packed form.
 
 What stores new tokens becomes `aograph::kv_update`, the attention that reads them `aograph::kv_attention`. A cache is
-rewritten where all that touches it is known: it is a buffer of the model, everything that writes it stores tokens,
-everything that reads it is attention, and the attention's other cache is rewritten too.
+rewritten where all that touches it is known: it is a buffer of the model, or an input that is private, everything that
+writes it stores tokens, everything that reads it is attention, and the attention's other cache is rewritten too. In the
+place of such an input come several, its codes and its scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from ..expression import Expression
@@ -54,7 +56,7 @@ class QuantizedKVCache(Pass):
         uses, misses = uses_of(program, sites)
         order = {node: i for i, node in enumerate(program.graph.nodes)}
         for node, cache in list(sites.items()):
-            if (found := reason(cache, uses[node], misses, order)) is not None:
+            if (found := reason(program, cache, uses[node], misses, order)) is not None:
                 refuse(cache, *found)
                 del sites[node]
         while (alone := next(unpaired(sites, uses), None)) is not None:
@@ -111,10 +113,12 @@ def keep_nearest(misses: dict[Node, Miss], node: Node, found: Match | Miss) -> N
         misses[node] = found
 
 
-def reason(cache: CacheSite, uses: Uses, misses: dict[Node, Miss], order: dict[Node, int]) -> tuple[str, str] | None:
+def reason(
+    program: Program, cache: CacheSite, uses: Uses, misses: dict[Node, Miss], order: dict[Node, int]
+) -> tuple[str, str] | None:
     """The outcome and the reason of a cache that stays as it is; None where it can be rewritten."""
     node, value = cache.node, cache.node.meta["val"]
-    if node.op == "placeholder":
+    if node.op == "placeholder" and node.target not in program.private:
         return SKIPPED, "it is an input of the graph: the tensor is the caller's"
     if "source" in node.meta:
         return SKIPPED, "under torch.compile the buffer stays the model's own: use aograph.optimize"
@@ -185,13 +189,25 @@ def pack(program: Program, cache: CacheSite) -> list[Node]:
     name, like = node.target, node.meta["val"]
     with like.fake_mode:
         fakes = form.empty(*like.shape, device=like.device)
+    row.outcome, row.scheme, row.bytes_after = REWRITTEN, str(cache.scheme), sum(map(nbytes, fakes))
     kind = f"cache|{cache.scheme}"
     names = constant_names(program, [name], ["codes", "scales"])
+    if node.op == "placeholder":
+        program.private = (program.private - {name}) | set(names)
+        return inputs(program, names, fakes, node)
     found = Pack(kind, Expression(name), form.quantize, names, None, [row], state=True)
     program.packs[found.key] = found
     program.mutated = (program.mutated - {name}) | set(names)
-    row.outcome, row.scheme, row.bytes_after = REWRITTEN, str(cache.scheme), sum(map(nbytes, fakes))
     return packed_nodes(program, found, fakes, node)
+
+
+def inputs(program: Program, names: Sequence[str], fakes: Sequence[Tensor], before: Node) -> list[Node]:
+    nodes = []
+    for name, fake in zip(names, fakes, strict=True):
+        with program.graph.inserting_before(before):
+            nodes.append(program.graph.placeholder(name))
+        nodes[-1].meta.update(val=fake, origin=before.meta.get("origin", ("", "")))
+    return nodes
 
 
 def store(update: Update, found: Match, packed: list[Node]) -> None:

@@ -1,18 +1,21 @@
 import warnings
 from dataclasses import replace
 from hashlib import sha256
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import aograph
-from aograph import InputError, LinearStatistics, archive, export
+from aograph import KV4, KV8, KVFP8, CompileError, InputError, LinearStatistics, Rule, archive, export
 from aograph.artifact import inspect, load
-from aograph.decoding import cache_shapes
+from aograph.decoding import CacheShape, cache_shapes
 from tests.artifacts import FAST_BUILD
 from tests.models.zoo import MINI, build, ids
 from tests.small_models import MLP, Branching
+
+SHAPE = CacheShape(2, 64, 64, torch.float32)
 
 
 def optimized(model=None, *inputs, **options):
@@ -95,6 +98,39 @@ def test_what_the_file_says(language_model):
     assert prefill["ranges"] == {symbol: [2, 48]}
     assert [value["written"] for value in prefill["inputs"]] == [False, False, True, True, True, True]
     assert about["graphs"]["forward"]["report"]["bytes_after"] == language_model.fast.report.bytes_after
+
+
+def test_caches_of_other_formats(tmp_path):
+    """Keys in four bits, values in floating point, of a model in bf16, for one row."""
+    model, _ = build("llama")
+    model = model.to(torch.bfloat16)
+    rules = [Rule(KV4()), *(Rule(KVFP8(), name=f"value_{layer}", optional=True) for layer in range(2))]
+    with pytest.warns(UserWarning, match="rewrote nothing"):
+        fast = aograph.optimize(model, rules, {"input_ids": ids(), "use_cache": False}, compile=False)
+    fast.save(tmp_path / "model.pt2", max_length=24, options=FAST_BUILD)
+    artifact = load(tmp_path / "model.pt2")
+    cache = artifact.new_cache()
+    codes = {tensor.dtype for tensor in cache if tensor.itemsize == 1}
+    assert codes == {torch.uint8, torch.float8_e4m3fn}
+    assert sum(tensor.nbytes for tensor in cache) == 24 * 2 * 2 * (32 + 2 * 2 * 2 + 64 + 4)
+    text = ids(1, 12)
+    artifact.prefill(text[:, :11], cache)
+    found = artifact.decode(text[:, 11:], torch.tensor([[11]]), cache).float()
+    with torch.no_grad():
+        expected = model(text, use_cache=False).logits[:, -1].float()
+    assert 0 < (found - expected).norm() < 0.15 * expected.norm()
+
+
+def test_steps_that_would_read_a_cache_in_two_forms():
+    def program(scheme):
+        row = SimpleNamespace(name="key_0", outcome="rewritten")
+        return SimpleNamespace(caches=[SimpleNamespace(scheme=scheme, row=row)])
+
+    (shape,) = export.packed_shapes([SHAPE], {"prefill": program(KV8()), "decode": program(KV8())})
+    assert shape.key_format.name == "int8" and shape.value_format is None
+    for other in (KV4(), None):
+        with pytest.raises(CompileError, match="key_0 is not in the same form in prefill and in decode"):
+            export.packed_shapes([SHAPE], {"prefill": program(KV8()), "decode": program(other)})
 
 
 class Lookups(nn.Module):
