@@ -30,7 +30,7 @@ from .kernels.kv_update import kv_update
 from .kernels.op import OPS
 from .patterns.language import packet, views_of, written
 from .program import Program, expression
-from .report import REWRITTEN, Report
+from .report import EXCLUDED, REWRITTEN, Report
 from .signature import Signature, Value, evaluate, symbols_of, tree
 from .statistics import digest
 
@@ -101,6 +101,7 @@ def save(
         graphs |= step_graphs(optimized, whole, shapes, batch_size, length)
         shapes = packed_shapes(shapes, {name: graphs[name].program for name in ("prefill", "decode")})
         generation = generation_of(model, shapes, batch_size, length)
+        notes += unpacked(graphs["decode"].program)
     except (NoSteps, CaptureError) as reason:
         notes.append(f"no graphs prefill and decode: {first_line(reason)}")
     with tempfile.TemporaryDirectory(prefix="aograph-") as folder:
@@ -206,6 +207,14 @@ def packed_shapes(shapes: Sequence[CacheShape], programs: Mapping[str, Program])
 def formats_of(program: Program) -> dict[str, KVFormat]:
     """How a program packs caches, by their names."""
     return {c.row.name: c.scheme.packed_format for c in program.caches if c.scheme and c.row.outcome == REWRITTEN}
+
+
+def unpacked(program: Program) -> list[str]:
+    """What keeps caches as they are that a rule for caches might have packed; nothing where there is no such rule."""
+    kept = [cache.row for cache in program.caches if cache.row.outcome not in (REWRITTEN, EXCLUDED)]
+    reasons = dict.fromkeys("; ".join(row.notes) for row in kept)
+    named = {reason: ", ".join(row.name for row in kept if "; ".join(row.notes) == reason) for reason in reasons}
+    return [f"caches that are not packed: {names}: {reason}" for reason, names in named.items()]
 
 
 def generation_of(model: Any, shapes: Sequence[CacheShape], rows: int, length: int) -> dict[str, Any]:

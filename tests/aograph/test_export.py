@@ -8,7 +8,19 @@ import torch
 from torch import nn
 
 import aograph
-from aograph import KV4, KV8, KVFP8, CompileError, InputError, LinearStatistics, Rule, archive, export
+from aograph import (
+    KV4,
+    KV8,
+    KVFP8,
+    CompileError,
+    InputError,
+    Int8WeightOnly,
+    Keep,
+    LinearStatistics,
+    Rule,
+    archive,
+    export,
+)
 from aograph.artifact import inspect, load
 from aograph.decoding import CacheShape, cache_shapes
 from tests.artifacts import FAST_BUILD
@@ -121,6 +133,25 @@ def test_caches_of_other_formats(tmp_path):
     assert 0 < (found - expected).norm() < 0.15 * expected.norm()
 
 
+@pytest.mark.parametrize(
+    "recipe, notes",
+    [
+        ("int8wo", []),
+        ("int8wo + kv4", ["caches that are not packed: key_0, value_0, key_1, value_1: int4: a head of 24; expected"]),
+        ([Rule(Int8WeightOnly()), Rule(KV8()), Rule(Keep(), name="re:(key|value)_.*", optional=True)], []),
+    ],
+)
+def test_caches_that_are_not_packed(recipe, notes):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=128, n_embd=96, n_layer=2, n_head=4, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    fast = aograph.optimize(model, recipe, {"input_ids": ids(), "use_cache": False}, compile=False)
+    graphs = export.step_graphs(fast, model, cache_shapes(model, 16), 2, 16)
+    found = export.unpacked(graphs["decode"].program)
+    assert len(found) == len(notes) and all(map(str.startswith, found, notes)), found
+    assert graphs["decode"].names[2:] == ["key_0", "value_0", "key_1", "value_1"]
+
+
 def test_steps_that_would_read_a_cache_in_two_forms():
     def program(scheme):
         row = SimpleNamespace(name="key_0", outcome="rewritten")
@@ -227,10 +258,11 @@ def test_on_a_gpu(recipe, tokens, tmp_path):
 
 
 @pytest.mark.cuda
-def test_a_language_model_on_a_gpu(tmp_path):
+@pytest.mark.parametrize("recipe", ["int4wo", "int4wo + kv8", "int4wo + kvfp8"])
+def test_a_language_model_on_a_gpu(recipe, tmp_path):
     model, inputs = build("llama")
     model = model.to("cuda", torch.bfloat16)
-    fast = aograph.optimize(model, "int4wo", {**inputs, "input_ids": inputs["input_ids"].cuda()}, compile=False)
+    fast = aograph.optimize(model, recipe, {**inputs, "input_ids": inputs["input_ids"].cuda()}, compile=False)
     fast.save(tmp_path / "model.pt2", max_length=48, batch_size=2)
     artifact = load(tmp_path / "model.pt2")
     assert "triton" in {kernel for _, kernel, _ in artifact.about["graphs"]["decode"]["kernels"]}
@@ -239,5 +271,5 @@ def test_a_language_model_on_a_gpu(tmp_path):
     cache = artifact.new_cache()
     logits = torch.cat([artifact.prefill(prompt[row : row + 1], cache, row) for row in range(2)])
     expected = fast(input_ids=prompt, use_cache=False).logits[:, -1]
-    assert (logits - expected).norm() <= 3e-2 * expected.norm()
+    assert (logits - expected).norm() <= (6e-2 if "kv" in recipe else 3e-2) * expected.norm()
     assert found.shape == (2, 25) and torch.equal(found, artifact.generate(prompt, 16))
