@@ -272,8 +272,12 @@ def rewrite(
     disable: Collection[str] = (),
     dump: str | os.PathLike | None = None,
     passes: Sequence[Pass] = PASSES,
+    private: Collection[str] = (),
 ) -> tuple[Capture, Report]:
-    """A capture whose program the pipeline has rewritten, before any weight is touched."""
+    """A capture whose program the pipeline has rewritten, before any weight is touched.
+
+    private: names of inputs whose form passes may change.
+    """
     kwargs = dict(sorted(kwargs.items()))
     source = device_of(model)
     if handed_over(model) and source.type != "meta":
@@ -281,6 +285,7 @@ def rewrite(
     if source != device:  # inputs come as the optimized module takes them
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(source), (args, kwargs))
     captured = capture(model, args, kwargs, dynamic_shapes)
+    captured.program.private = frozenset(private)
     if source != device and device.type != "meta":
         retarget(captured.program, source, device)
     report = pipeline.run(captured.program, recipe, disable=disable, dump=dump, passes=passes)

@@ -109,6 +109,9 @@ def run(
             row.close(SKIPPED, f"no pass carried out {scheme}: the one for it is disabled")
     report.rows = program.rows
     report.bytes_after = sum(nbytes(node.meta["val"]) for node in program.weights.values())
+    given = [cache.row for cache in program.caches if cache.node.op == "placeholder"]
+    report.bytes_before += sum(row.bytes_before for row in given)
+    report.bytes_after += sum(row.bytes_after for row in given)
     report.notes += missing_kernels(program)
     return report
 

@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from .patterns.language import arguments, mutates
 
 if TYPE_CHECKING:
+    from .kernels.kv_cache import KVFormat
     from .report import Row
     from .schemes import KVCache, Scheme
     from .weights import Pack
@@ -60,11 +61,12 @@ class Site:
 
 @dataclass
 class CacheSite:
-    """A tensor [B, H, S, D] that the graph writes, its row, and the scheme that the recipe gives it."""
+    """A tensor [B, H, S, D] that the graph writes, its row, the scheme that the recipe gives it, how it is packed."""
 
     node: Node
     row: Row
     scheme: KVCache | None = None
+    format: KVFormat | None = None
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Program:
     names of tied weights to that name. `mutated` names the buffers that the graph writes. `ranges` bounds the
     symbols of dynamic dimensions. `sites` are the places where schemes may apply, `caches` those where
     schemes for caches may, `rows` the report's rows of all candidates, `packs` what passes have packed, by key.
+    `private` names the inputs whose tensors nobody but us makes and reads, so that passes may change their form.
     """
 
     graph_module: GraphModule
@@ -87,6 +90,7 @@ class Program:
     caches: list[CacheSite] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     packs: dict[str, Pack] = field(default_factory=dict)
+    private: frozenset[str] = frozenset()
 
     @property
     def graph(self) -> Graph:

@@ -90,8 +90,8 @@ class PassRecord:
 @dataclass
 class Report:
     """Rows, totals and the history of passes. `bytes_before` and `bytes_after` count all weights of the program,
-    each storage once, caches among them. `notes` say what holds for the whole. Prints as a table; `as_dict` is for
-    programs."""
+    each storage once, and all caches, those that are inputs, too. `notes` say what holds for the whole. Prints as a
+    table; `as_dict` is for programs."""
 
     rows: list[Row] = field(default_factory=list)
     history: list[PassRecord] = field(default_factory=list)

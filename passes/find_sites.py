@@ -6,6 +6,7 @@ Caches are candidates where a rule of the recipe is for caches.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 import torch
 from torch.fx import GraphModule, Node
@@ -138,7 +139,8 @@ class FindSites(Pass):
 
 def caches(program: Program) -> Iterator[CacheSite]:
     """Buffers and inputs with three dimensions and more that the graph writes: rows, heads or both, positions, heads of
-    D elements; what is smaller, such as a count or running statistics, is none."""
+    D elements; what is smaller, such as a count or running statistics, is none. Where sizes are dynamic, a row counts
+    the bytes of the example that the graph was captured with."""
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op not in ("get_attr", "placeholder") or not isinstance(value, torch.Tensor) or value.ndim < 3:
@@ -146,7 +148,7 @@ def caches(program: Program) -> Iterator[CacheSite]:
         writer = written(node)
         if writer is None:
             continue
-        tokens = nbytes(value) // max(nbytes(value[:1, :, :1]), 1) if value.ndim == 4 else 0
+        sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in value.shape]
         yield CacheSite(
             node,
             Row(
@@ -155,8 +157,8 @@ def caches(program: Program) -> Iterator[CacheSite]:
                 module=writer.meta.get("origin", ("", ""))[1],
                 shape=None,
                 dtype=value.dtype,
-                bytes_before=nbytes(value),
-                tokens=tokens,
+                bytes_before=prod(sizes) * value.itemsize,
+                tokens=sizes[0] * sizes[2] if value.ndim == 4 else 0,
             ),
         )
 

@@ -1,16 +1,18 @@
 """Caches of keys and values under a `KVCache` rule are kept in packed form.
 
 What stores new tokens becomes `aograph::kv_update`, the attention that reads them `aograph::kv_attention`. A cache is
-rewritten where all that touches it is known: it is a buffer of the model, everything that writes it stores tokens,
-everything that reads it is attention, and the attention's other cache is rewritten too.
+rewritten where all that touches it is known: it is a buffer of the model, or an input that is private, everything that
+writes it stores tokens, everything that reads it is attention, and the attention's other cache is rewritten too. In the
+place of such an input come several, its codes and its scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from ..expression import Expression
@@ -39,8 +41,9 @@ class Uses:
 
     @property
     def keys(self) -> bool:
-        """Whether the cache holds keys, and no values."""
-        return all(m.value is not self.whole[0] for m in self.attentions)
+        """Whether the cache holds keys, and no values, in a buffer: by channel they want tokens in order, and the loop
+        that makes the inputs of an artifact's steps may store one twice."""
+        return self.whole[0].op == "get_attr" and all(m.value is not self.whole[0] for m in self.attentions)
 
     @property
     def nodes(self) -> set[Node]:
@@ -60,7 +63,7 @@ class QuantizedKVCache(Pass):
         uses, misses = uses_of(program, sites)
         order = {node: i for i, node in enumerate(program.graph.nodes)}
         for node, cache in list(sites.items()):
-            if (found := reason(cache, uses[node], misses, order)) is not None:
+            if (found := reason(program, cache, uses[node], misses, order)) is not None:
                 refuse(cache, *found)
                 del sites[node]
         while (alone := next(unpaired(sites, uses), None)) is not None:
@@ -73,6 +76,9 @@ class QuantizedKVCache(Pass):
         attentions = {found.root: found for node in packed for found in uses[node].attentions}
         for found in attentions.values():
             kernel, note = attend(program, found, packed[found.key], packed[found.value])
+            keys = sites[found.key]
+            if keys.node.op == "placeholder" and keys.scheme.packed_format(True) != keys.format:
+                keys.row.notes.append("keys by token, as in all steps of an artifact")
             for node in dict.fromkeys((found.key, found.value)):
                 row = sites[node].row
                 row.kernel = row.kernel or kernel
@@ -117,10 +123,12 @@ def keep_nearest(misses: dict[Node, Miss], node: Node, found: Match | Miss) -> N
         misses[node] = found
 
 
-def reason(cache: CacheSite, uses: Uses, misses: dict[Node, Miss], order: dict[Node, int]) -> tuple[str, str] | None:
+def reason(
+    program: Program, cache: CacheSite, uses: Uses, misses: dict[Node, Miss], order: dict[Node, int]
+) -> tuple[str, str] | None:
     """The outcome and the reason of a cache that stays as it is; None where it can be rewritten."""
     node, value = cache.node, cache.node.meta["val"]
-    if node.op == "placeholder":
+    if node.op == "placeholder" and node.target not in program.private:
         return SKIPPED, "it is an input of the graph: the tensor is the caller's"
     if "source" in node.meta:
         return SKIPPED, "under torch.compile the buffer stays the model's own: use aograph.optimize"
@@ -191,13 +199,26 @@ def pack(program: Program, cache: CacheSite, keys: bool) -> list[Node]:
     name, like = node.target, node.meta["val"]
     with like.fake_mode:
         fakes = form.empty(*like.shape, device=like.device, dtype=like.dtype)
-    kind = f"cache|{cache.scheme}|{'keys' if keys else 'values'}"
+    cache.format = form
+    row.outcome, row.scheme, row.bytes_after = REWRITTEN, str(cache.scheme), sum(map(nbytes, fakes))
     names = constant_names(program, [name], FIELDS[: len(fakes)])
+    if node.op == "placeholder":
+        program.private = (program.private - {name}) | set(names)
+        return inputs(program, names, fakes, node)
+    kind = f"cache|{cache.scheme}|{'keys' if keys else 'values'}"
     found = Pack(kind, Expression(name), form.pack, names, None, [row], state=True)
     program.packs[found.key] = found
     program.mutated = (program.mutated - {name}) | set(names)
-    row.outcome, row.scheme, row.bytes_after = REWRITTEN, str(cache.scheme), sum(map(nbytes, fakes))
     return packed_nodes(program, found, fakes, node)
+
+
+def inputs(program: Program, names: Sequence[str], fakes: Sequence[Tensor], before: Node) -> list[Node]:
+    nodes = []
+    for name, fake in zip(names, fakes, strict=True):
+        with program.graph.inserting_before(before):
+            nodes.append(program.graph.placeholder(name))
+        nodes[-1].meta.update(val=fake, origin=before.meta.get("origin", ("", "")))
+    return nodes
 
 
 def store(update: Update, found: Match, packed: list[Node]) -> None:

@@ -93,12 +93,13 @@ def stored(m: Match, T: str) -> bool | str:
 def is_new(m: Match, wanted: list[str]) -> bool | str:
     """Whether new is floats of those sizes; it and what the cache is indexed with are where the cache is.
 
-    Two symbols may stand for one number of tokens: where neither is 1, indexing takes nothing but equal ones.
+    Leading sizes of 1 may be missing: Python's item assignment takes them away. Two symbols may stand for one number of
+    tokens: where neither is 1, indexing takes nothing but equal ones.
     """
-    given = isinstance(m.new, Node) and len(sizes(m.new)) == len(wanted)
-    same = given and all(
+    missing = len(wanted) - len(sizes(m.new)) if isinstance(m.new, Node) else -1
+    same = missing >= 0 and all(
         found == size or not (found.isdecimal() or size.isdecimal())
-        for found, size in zip(sizes(m.new), wanted, strict=True)
+        for found, size in zip(["1"] * missing + sizes(m.new), wanted, strict=True)
     )
     if not same or m.new.meta["val"].dtype not in FLOATS:
         found = f"{m.new.meta['val'].dtype} [{', '.join(sizes(m.new))}]" if isinstance(m.new, Node) else m.new
@@ -137,16 +138,25 @@ def index_of_positions(m: Match) -> bool | str:
 # --- updates: what is stored, and where --------------------------------------------------------------------
 
 
+def with_rank(m: Match, g: Builder, rank: int) -> Node:
+    """new with the leading sizes of 1 that it is missing."""
+    new = m.new
+    for _ in range(rank - len(sizes(new))):
+        new = g.call(aten.unsqueeze.default, new, 0)
+    return new
+
+
 def as_is(m: Match, g: Builder) -> tuple[Node, Node]:
-    return m.new, m.positions
+    return with_rank(m, g, 4), m.positions
 
 
 def at_rows(m: Match, g: Builder) -> tuple[Node, Node]:
     if len(sizes(m.positions)) == 1:
-        return g.call(aten.unsqueeze.default, m.new, 2), g.call(aten.unsqueeze.default, m.positions, 1)
+        new = with_rank(m, g, 3)
+        return g.call(aten.unsqueeze.default, new, 2), g.call(aten.unsqueeze.default, m.positions, 1)
     B = m.cache.meta["val"].shape[0]
     positions = m.positions if sizes(m.positions)[0] == str(B) else g.call(aten.expand.default, m.positions, [B, -1])
-    return g.call(aten.transpose.int, m.new, 1, 2), positions
+    return g.call(aten.transpose.int, with_rank(m, g, 4), 1, 2), positions
 
 
 def at_index(m: Match, g: Builder) -> tuple[Node, Node]:
@@ -157,17 +167,17 @@ def from_start(m: Match, g: Builder) -> tuple[Node, Node]:
     start = m.start or 0
     if isinstance(start, int) and start < 0:
         start += m.cache.meta["val"].shape[2]
-    return m.new, counted(m, g, start)
+    new = with_rank(m, g, 4)
+    return new, counted(m, g, start, size(g, new, 2))
 
 
 def at_one(m: Match, g: Builder) -> tuple[Node, Node]:
-    return g.call(aten.unsqueeze.default, m.new, 2), counted(m, g, m.start, 1)
+    return g.call(aten.unsqueeze.default, with_rank(m, g, 3), 2), counted(m, g, m.start, 1)
 
 
-def counted(m: Match, g: Builder, start: Size, count: int | None = None) -> Node:
-    """[T] int64: the positions from `start` on."""
-    T = size(g, m.new, 2) if count is None else count
-    positions = g.call(aten.arange.default, T, dtype=torch.int64, device=m.cache.meta["val"].device)
+def counted(m: Match, g: Builder, start: Size, count: Size) -> Node:
+    """[T] int64: as many positions from `start` on."""
+    positions = g.call(aten.arange.default, count, dtype=torch.int64, device=m.cache.meta["val"].device)
     return positions if start == 0 else g.call(aten.add.Tensor, positions, start)
 
 

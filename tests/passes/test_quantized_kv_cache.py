@@ -4,11 +4,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from aograph.kernels.kv_cache import INT8
 from aograph.passes import Stage
 from torch import nn
 
 import aograph
-from aograph import KV4, InputError, WeightError
+from aograph import KV4, InputError, WeightError, pipeline
+from aograph.recipe import Recipe
 from tests.programs import apply, operators, program_of, up_to
 
 B, H, S, D = 2, 2, 32, 16
@@ -176,6 +178,22 @@ def test_attentions(attention, heads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_formats(recipe, largest, dtype):
     check(Attention(size=32, dtype=dtype, heads=8, attention=ATTENTIONS["sdpa, enable_gqa"]), recipe, largest)
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES.keys())
+def test_updates_of_one_row(update):
+    """Item assignment takes leading sizes of 1 away."""
+    check(Attention(update, rows=1), prefill=3)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_rows_of_one(tokens):
+    model = Attention(at_rows, rows=1)
+    example = texts(tokens, 1), torch.arange(tokens)
+    fast = aograph.optimize(model, "kv8", example, dynamic_shapes={}, compile=False)
+    assert len(fast.report.rewritten) == 2, fast.report
+    with torch.no_grad():
+        assert 0 < error(fast(*example), model(*example)) < 0.02
 
 
 def test_one_row_and_another_head_size():
@@ -408,17 +426,48 @@ def test_written_while_it_is_read():
     assert "it is written while an attention reads it" in report.caches[0].notes
 
 
-def test_a_cache_of_the_caller():
-    class Given(nn.Module):
-        def forward(self, q, keys, values, positions):
-            index_copy(keys, q, positions)
-            index_copy(values, q, positions)
-            return sdpa(q, keys, values, None)
+class Given(nn.Module):
+    def forward(self, q, keys, values, positions):
+        index_copy(keys, q, positions)
+        index_copy(values, q, positions)
+        return sdpa(q, keys, values, torch.arange(S) <= positions[:, None])
 
-    example = torch.randn(B, H, 3, D), torch.zeros(B, H, S, D), torch.zeros(B, H, S, D), torch.arange(3)
-    report = aograph.explain(Given(), "kv8", example, dynamic_shapes={})
+
+GIVEN = torch.randn(B, H, 3, D), torch.zeros(B, H, S, D), torch.zeros(B, H, S, D), torch.arange(3)
+
+
+@pytest.mark.parametrize("shapes", [{}, None])
+def test_a_cache_of_the_caller(shapes):
+    report = aograph.explain(Given(), "kv8", GIVEN, dynamic_shapes=shapes)
+    assert report.cache_bytes == (2 * B * H * S * D * 4,) * 2 and report.caches[0].tokens == B * S
     assert [row.outcome for row in report.caches] == ["skipped"] * 2
     assert all("the caller's" in row.notes[0] for row in report.caches)
+    assert "weights 0 B → 0 B" in report.summary()
+
+
+def test_private_inputs():
+    """Codes and scales take the place of a cache among the inputs."""
+    program = program_of(Given(), *GIVEN)
+    program.private = frozenset(["keys", "values"])
+    report = pipeline.run(program, Recipe.of("kv8"))
+    assert [row.outcome for row in report.caches] == ["rewritten"] * 2 and not program.packs and not program.mutated
+    assert report.bytes_before == 2 * B * H * S * D * 4 and report.bytes_after == 2 * B * H * S * (D + 4)
+    names = ["q", "keys_codes", "keys_scales", "values_codes", "values_scales", "positions"]
+    assert [node.target for node in program.inputs] == names and program.private == set(names[1:5])
+    program.graph_module.recompile()
+    q, keys, values, positions = (each.clone() for each in GIVEN)
+    packed = *INT8.quantize(keys), *INT8.quantize(values)
+    (found,) = program.graph_module(q, *packed, positions)
+    assert 0 < error(found, Given()(q, keys, values, positions)) < 0.02
+    assert 0 < error(INT8.dequantize(*packed[:2], torch.float32), keys) < 0.02
+
+
+def test_a_private_input_that_cannot_be_packed_stays():
+    program = program_of(Given(), *GIVEN)
+    program.private = frozenset(["keys"])
+    report = pipeline.run(program, Recipe.of("kv8"))
+    assert "its attention reads values too" in report.caches[0].notes[0]
+    assert [node.target for node in program.inputs] == ["q", "keys", "values", "positions"]
 
 
 def test_behind_torch_compile_the_buffers_stay(fresh_compiler):
