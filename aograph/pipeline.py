@@ -15,6 +15,7 @@ from torch.fx import Node
 from . import reproducer
 from .errors import AographError, PassError
 from .kernels import cuda
+from .kernels.activated_linear import ActivatedLinearOp
 from .kernels.fused_linear import FusedLinearOp
 from .kernels.op import OPS, Case, Op
 from .passes import PASSES, Pass
@@ -126,8 +127,8 @@ def packed_linears(program: Program) -> list[tuple[Op, Case]]:
     for node in program.graph.nodes:
         if op := ops.get(node.target):
             values = (each.meta["val"] if isinstance(each, Node) else each for each in node.args)
-            case = replace(op.case_of(*values), M=1, gated=False, normed=False)
-            found.append((op.base if isinstance(op, FusedLinearOp) else op, case))
+            case = replace(op.case_of(*values), M=1, gated=False, normed=False, activated=False)
+            found.append((op.base if isinstance(op, FusedLinearOp | ActivatedLinearOp) else op, case))
     return found
 
 

@@ -1,8 +1,9 @@
 """Linear layers on quantized activations, and on 2:4 sparse weights, for CUDA, in CUDA C++: `scaled_linear.cu`.
 
 The tensor cores multiply codes of 8 bits as they are, or half precision where only the weight is sparse; scales, zero
-points and bias meet the sums in registers. Which sizes are best for a shape is measured, as for `cuda_linear.py`, and
-kept in the same files; other shapes take those of the nearest. Nothing is measured at run time.
+points, bias and an activation function meet the sums in registers. Which sizes are best for a shape is measured, as
+for `cuda_linear.py`, and kept in the same files; other shapes take those of the nearest. Nothing is measured at run
+time.
 """
 
 from dataclasses import dataclass, field
@@ -15,9 +16,12 @@ from . import cuda, plans
 from .cuda_linear import CAPABILITIES, SHARED
 from .op import Case, need
 
-TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 1 << 24)  # a plan holds up to so many
-AWAY = 128  # tokens of y that leave at a time
+TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 1 << 24)  # a plan holds up to so many
+AHEAD = 3072  # bytes of barriers and scales of tokens
+AWAY = 64  # tokens of y that leave at a time where there is no room for all
 CODES = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.bfloat16: 2, torch.float16: 2}  # of x and the weight
+FUNCTIONS = (None, "gelu", "gelu_tanh")  # of y, as the kernel counts them
+BEHIND = "others were faster for so many tokens"
 KINDS = {  # of linears, as their plans are filed, by the codes and whether the weight is 2:4
     (torch.int8, False): "int8dq",
     (torch.float8_e4m3fn, False): "float8dq",
@@ -33,8 +37,8 @@ class ScaledPlan:
     """The sizes of a kernel; `scaled_linear.cu` says what they are.
 
     share: blocks of a cluster that share K; neighbours: blocks of a cluster that bring x to each other; one of them is
-    1. stages, boxes; channels and tokens of a block; warps that multiply, in fours. behind: of a sparse product,
-    whether the dense one was faster where both were measured.
+    1. stages, boxes; channels and tokens of a block; warps that multiply, in fours. behind: whether something else was
+    faster where both were measured: for a sparse product, the dense one.
     """
 
     share: int
@@ -46,7 +50,15 @@ class ScaledPlan:
     warps: int
     behind: bool = field(default=False, compare=False)
 
-    def defines(self, codes: torch.dtype, sparse: bool, scales: torch.dtype, y: torch.dtype) -> dict[str, int]:
+    def defines(
+        self,
+        codes: torch.dtype,
+        sparse: bool,
+        scales: torch.dtype,
+        y: torch.dtype,
+        zeros: bool = False,
+        function: str | None = None,
+    ) -> dict[str, int]:
         return {
             "KIND": CODES[codes],
             "SPARSE": int(sparse),
@@ -56,10 +68,14 @@ class ScaledPlan:
             "GROUPS": self.warps // 4,
             "TALL": self.channels // self.warps // 16,
             "STAGES": self.stages,
+            "AWAY": self.away(codes.itemsize, sparse),
+            "BUFFERS": self.buffers(codes.itemsize, sparse),
             "BOXES": self.boxes,
             "NEIGHBOURS": self.neighbours,
             "SPLIT": int(self.share > 1),
             "PRODUCERS": self.producers,
+            "ZEROS": int(zeros),
+            "FUNCTION": FUNCTIONS.index(function),
         }
 
     @property
@@ -79,14 +95,31 @@ class ScaledPlan:
         """Bytes of a channel in a stage."""
         return self.boxes * 128 // (1 + sparse)
 
-    def shared(self, itemsize: int, sparse: bool) -> int:
-        """Bytes of shared memory: barriers, the ring, and behind it y of a tile, or some of it; or, where K is shared,
-        the ring or the sums that take its place, and what the other blocks bring."""
+    def ring(self, itemsize: int, sparse: bool) -> int:
+        """Bytes of all stages."""
         indices = max(self.step(itemsize) // 8, 16) if sparse else 0
         stage = self.tokens * self.boxes * 128 + self.channels * (self.row(sparse) + indices)
-        ring = self.stages * (-(-stage // 1024) * 1024)
+        return self.stages * (-(-stage // 1024) * 1024)
+
+    def room(self, itemsize: int, sparse: bool) -> int:
+        """How many tokens of y there is room for behind the ring."""
+        return (SHARED - AHEAD - self.ring(itemsize, sparse)) // (self.channels * 2)
+
+    def away(self, itemsize: int, sparse: bool) -> int:
+        """Tokens of y that leave at a time: all, if there is room for them."""
+        return self.tokens if self.room(itemsize, sparse) >= self.tokens else min(self.tokens, AWAY)
+
+    def buffers(self, itemsize: int, sparse: bool) -> int:
+        """How often there is room for `away` tokens, at least twice where they are not all: one waits for the other."""
+        away = self.away(itemsize, sparse)
+        return 1 if away == self.tokens else max(self.room(itemsize, sparse) // away, 2)
+
+    def shared(self, itemsize: int, sparse: bool) -> int:
+        """Bytes of shared memory: barriers, scales of tokens, the ring, and behind it y of a tile, or some of it; or,
+        where K is shared, barriers, the ring or the sums that take its place, and what the other blocks bring."""
+        ring = self.ring(itemsize, sparse)
         if self.share == 1:
-            return 1024 + ring + min(self.tokens, AWAY) * self.channels * 2
+            return AHEAD + ring + self.buffers(itemsize, sparse) * self.away(itemsize, sparse) * self.channels * 2
         row = (self.channels + 8) * 4
         return 1024 + max(ring, self.tokens * row) + (self.share - 1) * -(-self.tokens // self.share) * row
 
@@ -118,7 +151,7 @@ def plan(codes: torch.dtype, sparse: bool, M: int, N: int, K: int) -> ScaledPlan
     found = plans.nearest(measured, bucket, N, K, lambda each: each.fits(N, K, codes.itemsize, sparse))
     if not found:
         return "no plan that fits was measured: `aograph tune` does that"
-    return found[0] or "others were faster for so many tokens"
+    return found[0] or BEHIND
 
 
 def supports(case: Case, codes: torch.dtype, sparse: bool = False) -> bool | str:
@@ -136,7 +169,9 @@ def supports(case: Case, codes: torch.dtype, sparse: bool = False) -> bool | str
     if here is not True:
         return here
     found = plan(codes, sparse, case.M, case.N, case.K)
-    return found if isinstance(found, str) else True
+    if isinstance(found, str):
+        return found
+    return not found.behind or sparse or case.activated or BEHIND  # a kernel less makes up for it
 
 
 def linear(
@@ -150,6 +185,7 @@ def linear(
     x_scale: Tensor | None = None,
     x_zero: Tensor | None = None,
     sums: Tensor | None = None,
+    function: str | None = None,
 ) -> Tensor:
     """`run` by the plan for the shape; x and x_zero contiguous. ValueError where `supports` says no."""
     chosen = plan(x.dtype, indices is not None, x.shape[0], q.shape[0], x.shape[1])
@@ -158,7 +194,7 @@ def linear(
     bias = None if bias is None else bias.to(dtype)
     if scale is not None and scale.dtype not in (torch.float32, dtype):
         scale = scale.float()
-    return run(chosen, x, x_scale, x_zero, q, indices, scale, sums, bias, dtype)
+    return run(chosen, x, x_scale, x_zero, q, indices, scale, sums, bias, dtype, function)
 
 
 def run(
@@ -172,19 +208,22 @@ def run(
     sums: Tensor | None,
     bias: Tensor | None,
     dtype: torch.dtype,
+    function: str | None = None,
     dependent: bool = True,
 ) -> Tensor:
     """y [M, N] in dtype, bf16 or fp16, by a plan that fits.
 
     x [M, K] int8, float8_e4m3fn or, for sparse weights, of `dtype`, contiguous, M ≥ 1; x_scale fp32 and x_zero int32,
     of M tokens or of one for all; q [N, K] of x's dtype or, where sparse, [N, K/2], with indices [N, K/8] uint8; scale
-    [N] or [1]; sums [N] int32, where there is an x_zero; bias [N] of `dtype`. What is None counts as 1 or 0.
+    [N] or [1]; sums [N] int32, where there is an x_zero; bias [N] of `dtype`. What is None counts as 1 or 0. function:
+    of FUNCTIONS, of y before it is rounded.
     dependent: whether it may start before the kernel ahead of it has ended.
     """
     (M, K), N, sparse = x.shape, q.shape[0], indices is not None
     y = torch.empty(M, N, dtype=dtype, device=x.device)
     x, q, indices = (t if t is None or t.data_ptr() % 16 == 0 else t.clone() for t in (x, q, indices))
-    compiled = kernel(plan, x.dtype, sparse, torch.float32 if scale is None else scale.dtype, dtype, x.device)
+    scales = torch.float32 if scale is None else scale.dtype
+    compiled = kernel(plan, x.device, x.dtype, sparse, scales, dtype, x_zero is not None, function)
     shared = plan.shared(x.itemsize, sparse)
     cluster = plan.neighbours * plan.share
     blocks = -(-N // (plan.channels * plan.neighbours)) * -(-M // plan.tokens) * cluster
@@ -192,7 +231,11 @@ def run(
         blocks = min(blocks, compiled.clusters_at_once(plan.threads, shared, cluster) * cluster)
     with torch.cuda.device_of(x):
         matrices = _boxes(plan, x.data_ptr(), q.data_ptr(), indices.data_ptr() if sparse else 0, M, N, K, x.itemsize)
-        of_y = y if plan.share > 1 else cuda.boxes(y.data_ptr(), (M, N), 2, (min(plan.tokens, AWAY), 64), swizzle=128)
+        of_y = (
+            y
+            if plan.share > 1
+            else cuda.boxes(y.data_ptr(), (M, N), 2, (plan.away(x.itemsize, sparse), 64), swizzle=128)
+        )
         steps = (int(part is not None and part.numel() > 1) for part in (x_scale, scale))
         rest = x_scale, x_zero, scale, sums, bias, of_y, *steps, M, N, K
         compiled((blocks, 1, 1), plan.threads, (*matrices, *rest), shared=shared, cluster=cluster, dependent=dependent)
@@ -214,7 +257,5 @@ def _boxes(plan: ScaledPlan, x: int, q: int, indices: int, M: int, N: int, K: in
 
 
 @cache
-def kernel(
-    plan: ScaledPlan, codes: torch.dtype, sparse: bool, scales: torch.dtype, y: torch.dtype, device: torch.device
-):
-    return cuda.kernel("scaled_linear.cu", "scaled_linear", device, **plan.defines(codes, sparse, scales, y))
+def kernel(plan: ScaledPlan, device: torch.device, *form):
+    return cuda.kernel("scaled_linear.cu", "scaled_linear", device, **plan.defines(*form))

@@ -106,8 +106,8 @@ def dense(x: Tensor) -> Tensor:
 
 
 @float8_scaled_linear.implementation("cuda", supports=lambda case: cuda_scaled_linear.supports(case, FLOAT8))
-def _(x, x_scale, q, scale, bias, dtype):
-    return cuda_scaled_linear.linear(x, q, scale, bias, dtype, x_scale=x_scale)
+def _(x, x_scale, q, scale, bias, dtype, function=None):
+    return cuda_scaled_linear.linear(x, q, scale, bias, dtype, x_scale=x_scale, function=function)
 
 
 @float8_scaled_linear.implementation("cublaslt", supports=lambda case: cublaslt(case, blocks=False), standalone=True)

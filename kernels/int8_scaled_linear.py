@@ -76,8 +76,9 @@ def _(x, x_scale, x_zero, q, scale, sums, bias, dtype):
 
 
 @int8_scaled_linear.implementation("cuda", supports=lambda case: cuda_scaled_linear.supports(case, torch.int8))
-def _(x, x_scale, x_zero, q, scale, sums, bias, dtype):
-    return cuda_scaled_linear.linear(x, q, scale, bias, dtype, x_scale=x_scale, x_zero=x_zero, sums=sums)
+def _(x, x_scale, x_zero, q, scale, sums, bias, dtype, function=None):
+    given = {"x_scale": x_scale, "x_zero": x_zero, "sums": sums, "function": function}
+    return cuda_scaled_linear.linear(x, q, scale, bias, dtype, **given)
 
 
 def int_mm(case: Case) -> bool | str:

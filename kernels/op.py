@@ -26,8 +26,8 @@ class Case:
     device: "cpu", "cuda", "meta" …; dtype: of x; M: tokens, None when unknown; N: out features; K: in features;
     group_size: weights along K that share a scale, None for a whole row; capability: CUDA's (major, minor),
     None when unknown or not CUDA; of fused ops only: gated: the halves of the output are a gate and what it gates;
-    normed: x is normalized first; of ops on quantized activations only, whose dtype is that of y: per_token: tokens
-    have scales of their own; shifted: x has a zero point.
+    normed: x is normalized first; activated: an activation function follows; of ops on quantized activations only,
+    whose dtype is that of y: per_token: tokens have scales of their own; shifted: x has a zero point.
     """
 
     device: str
@@ -39,6 +39,7 @@ class Case:
     capability: tuple[int, int] | None = None
     gated: bool = False
     normed: bool = False
+    activated: bool = False
     per_token: bool = True
     shifted: bool = False
 

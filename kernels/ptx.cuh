@@ -77,8 +77,11 @@ __device__ __forceinline__ void copy_box_back(u32 from, const Matrix& to, int co
                "r"(row), "r"(from) : "memory");
 }
 __device__ __forceinline__ void copies_back_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// All of this thread's have left shared memory, or are in global memory.
-__device__ __forceinline__ void copies_back_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// All of this thread's, but the last so many that were committed, have left shared memory; or all are in global memory.
+template <int BUT = 0>
+__device__ __forceinline__ void copies_back_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(BUT) : "memory");
+}
 __device__ __forceinline__ void copies_back_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Grids that overlap in time (programmatic dependent launch) --------------------------------------------------
@@ -296,5 +299,10 @@ __device__ __forceinline__ float2 to_floats(u32 v) {
 __device__ __forceinline__ u16 to_half(float f) {
   u16 v;
   asm("cvt.rn." HALF_TYPE ".f32 %0, %1;" : "=h"(v) : "f"(f));
+  return v;
+}
+__device__ __forceinline__ u32 to_halves(float low, float high) {
+  u32 v;
+  asm("cvt.rn." HALF_TYPE "x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
   return v;
 }

@@ -7,11 +7,12 @@
 //
 // Defines: KIND (0: int8, 1: float8 e4m3, 2: half precision, sparse only), SPARSE (0 or 1), HALF (of y, and of KIND 2),
 // TOKENS (of a block: 8, 16, 32, 64, 128 or 256), GROUPS (consumer warpgroups), TALL (of 64 channels that each computes: 1
-// or 2), STAGES, BOXES (of x in a stage, 128 bytes of k each: 1 or 2), NEIGHBOURS (blocks that share x: 1, 2 or 4), SPLIT (0 or 1),
+// or 2), STAGES, AWAY (tokens of y that leave at a time),
+// BUFFERS (for those in shared memory: 1 if they are all, else 2 or more), BOXES (of x in a stage, 128 bytes of k each: 1 or 2), NEIGHBOURS (blocks that share x: 1, 2 or 4), SPLIT (0 or 1),
 // PRODUCERS (threads, of which one copies; 128 where two warpgroups have more sums than they have registers), WIDE_SCALES
-// (scales of channels are fp32, else as y).
+// (scales of channels are fp32, else as y), ZEROS (whether x has zero points), FUNCTION (of y; 0: none, 1: GELU, 2: GELU by tanh).
 // Boxes: of x TOKENS / NEIGHBOURS rows of 128 bytes, swizzled; of q the block's channels, the bytes that belong to a stage, swizzled
-// by as many as they are, 64 or 128; of indices, where sparse, likewise, as they are. Of y: TOKENS rows, 128 at most, of 64
+// by as many as they are, 64 or 128; of indices, where sparse, likewise, as they are. Of y: AWAY rows of 64
 // channels, swizzled by 128 bytes.
 // Grid, along x: at most as many blocks as tiles of 64 GROUPS TALL channels and TOKENS tokens, in clusters of NEIGHBOURS; if SPLIT,
 // as many for each tile as a cluster has.
@@ -39,8 +40,8 @@ extern __shared__ __align__(1024) u8 shared[];
 #define INDEX_STEPS (SPARSE ? INDEX_ROW * 8 / STEP : 1) // and so it may be of two stages: STAGES and steps are even then
 #define STAGE_BYTES ((X_BYTES + Q_BYTES + CHANNELS * INDEX_ROW + 1023) / 1024 * 1024)
 #define PITCH (CHANNELS + 8)                          // numbers between tokens of the sums in shared memory
-#define AWAY (TOKENS < 128 ? TOKENS : 128)             // tokens of y that leave at a time
-#define BARRIERS 1024                                 // bytes, ahead of the ring and the sums
+#define TOKEN_SCALES 1024                             // where those of each warpgroup start, behind the barriers
+#define AHEAD (SPLIT ? 1024 : 3072)                   // bytes: of both, in front of the ring and the sums
 #define PRODUCTS (BOXES * 128 / AT_ONCE)              // of a stage, for 64 channels
 #define TOGETHER 8 // tiles of tokens that meet the same weights one after another, so that those are in the L2
 
@@ -133,22 +134,41 @@ struct Channel {
   float scale, bias;
   int sum;
 };
-__device__ __forceinline__ Token token_of(const Scales& s, int m) {
-  return {s.x ? fresh(s.x + m * s.x_step) : 1, s.zero ? fresh(s.zero + m * s.x_step) : 0};
-}
-__device__ __forceinline__ Token of_another(Token m, int lane) {
-  return {__shfl_sync(~0u, m.scale, lane), KIND == 0 ? __shfl_sync(~0u, m.zero, lane) : 0};
-}
+__device__ __forceinline__ float scale_of(const Scales& s, int m) { return s.x ? fresh(s.x + m * s.x_step) : 1; }
+__device__ __forceinline__ int zero_of(const Scales& s, int m) { return ZEROS ? fresh(s.zero + m * s.x_step) : 0; }
 __device__ __forceinline__ Channel channel_of(const Scales& s, int n) {
-  return {s.q ? of_scale(s.q[n * s.q_step]) : 1, s.bias ? to_float(s.bias[n]) : 0, s.zero ? s.sums[n] : 0};
+  return {s.q ? of_scale(s.q[n * s.q_step]) : 1, s.bias ? to_float(s.bias[n]) : 0, ZEROS ? s.sums[n] : 0};
+}
+
+// GELU(y) = max(y, 0) - |y| P(Z > |y|), for Z normal or as its approximation by tanh has it. The logarithm of that tail is
+// nearly a polynomial: the relative error is below 1.8e-4 up to |y| = 4; beyond LAST it is 0 to fp32's accuracy of y.
+#if FUNCTION == 1
+#define LAST 5.6f
+#define TAIL_LOGARITHM(a) \
+  fmaf(fmaf(fmaf(fmaf(fmaf(-3.0094091e-4f, a, 5.6296843e-3f), a, -4.7547565e-2f), a, -0.4650881f), a, -1.1487085f), a, -1.0001573f)
+#elif FUNCTION == 2
+#define LAST 5.f
+#define TAIL_LOGARITHM(a)                                                                                                \
+  fmaf(fmaf(fmaf(fmaf(fmaf(fmaf(3.4927563e-4f, a, -4.6085723e-3f), a, 1.5432358e-2f), a, -5.3798508e-2f), a, -0.4639975f), a, \
+            -1.1480103f), a, -1.0002482f)
+#endif
+__device__ __forceinline__ float function(float y) {
+#if FUNCTION
+  const float a = fminf(fabsf(y), LAST);
+  float tail, positive;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(tail) : "f"(TAIL_LOGARITHM(a)));
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(positive) : "f"(y));
+  return fmaf(-a, tail, positive);
+#else
+  return y;
+#endif
 }
 __device__ __forceinline__ float scaled(NUMBER sum, Token m, Channel n) {
-#if KIND == 0
+#if ZEROS
   sum -= m.zero * n.sum;
 #endif
-  return fmaf((float)sum, m.scale * n.scale, n.bias);
+  return function(fmaf((float)sum, m.scale * n.scale, n.bias));
 }
-__device__ __forceinline__ u32 halves(float low, float high) { return to_half(low) | (u32)to_half(high) << 16; }
 
 // Four 8 × 8 matrices of halves, from fragments with channels as rows, to rows that are tokens: one for each lane, 16 bytes.
 __device__ __forceinline__ void store_matrices_transposed(u32 row, const u32* v) {
@@ -156,7 +176,7 @@ __device__ __forceinline__ void store_matrices_transposed(u32 row, const u32* v)
                "r"(v[2]), "r"(v[3]) : "memory");
 }
 __device__ __forceinline__ void store_2_matrices_transposed(u32 row, const u32* v) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(row), "r"(v[0]), "r"(v[1]) : "memory");
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(row), "r"(v[0]), "r"(v[1]));
 }
 
 #if SPLIT
@@ -189,7 +209,7 @@ scaled_linear(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q
     channel = left / together * wide + (NEIGHBOURS > 1 ? rank * CHANNELS : 0), token = (before + left % together) * TOKENS;
   };
   place(first_tile);
-  const u32 full = shared_address(shared), empty = full + STAGES * 8, ring = full + BARRIERS;
+  const u32 full = shared_address(shared), empty = full + STAGES * 8, ring = full + AHEAD;
   if (thread == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(full + s * 8, 1);
@@ -200,9 +220,9 @@ scaled_linear(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q
   }
   __syncthreads();
 #if SPLIT
-  NUMBER* sums = (NUMBER*)(shared + BARRIERS); // [TOKENS][PITCH], once all steps are done
+  NUMBER* sums = (NUMBER*)(shared + AHEAD); // [TOKENS][PITCH], once all steps are done
   const int ring_or_sums = max(STAGES * STAGE_BYTES, TOKENS * PITCH * 4);
-  NUMBER* parts = (NUMBER*)(shared + BARRIERS + ring_or_sums); // [other block][token of the slice][PITCH]
+  NUMBER* parts = (NUMBER*)(shared + AHEAD + ring_or_sums); // [other block][token of the slice][PITCH]
   const u32 parts_ready = empty + STAGES * 8;
 #endif
   if (SPLIT || NEIGHBOURS > 1) cluster_ready();
@@ -271,7 +291,7 @@ scaled_linear(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q
         const u32 base = ring + stage * STAGE_BYTES, weights = base + X_BYTES + group * TALL * 64 * min(ROW, 128);
         barrier_wait(full + stage * 8, phase);
 #if SPARSE
-        const u8* rows = shared + BARRIERS + (stage - stage % INDEX_STEPS) * STAGE_BYTES + X_BYTES + Q_BYTES +
+        const u8* rows = shared + AHEAD + (stage - stage % INDEX_STEPS) * STAGE_BYTES + X_BYTES + Q_BYTES +
                          (first + g) * INDEX_ROW + stage % INDEX_STEPS * (STEP / 8);
 #pragma unroll
         for (int j = 0; j < PRODUCTS; j++)
@@ -315,28 +335,49 @@ scaled_linear(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q
       wait_for_previous_grid(); // whose the scales of x are
 #if !SPLIT
       place(tile);
-      Token of_lane[(TOKENS + 31) / 32]; // of each 32 tokens one
+      float* token_scales = (float*)(shared + TOKEN_SCALES) + group * TOKENS;
 #pragma unroll
-      for (int i = 0; i < (TOKENS + 31) / 32; i++) of_lane[i] = token_of(scales, min(token + i * 32 + lane, M - 1));
+      for (int i = 0; i < TOKENS; i += 128)
+        if (TOKENS >= 128 || thread % 128 < TOKENS)
+          token_scales[i + thread % 128] = scale_of(scales, min(token + i + thread % 128, M - 1));
+#if ZEROS
+      int zero_of_lane[(TOKENS + 31) / 32]; // of each 32 tokens one
+#pragma unroll
+      for (int i = 0; i < (TOKENS + 31) / 32; i++) zero_of_lane[i] = zero_of(scales, min(token + i * 32 + lane, M - 1));
+#endif
       Channel n[TALL][2];
 #pragma unroll
       for (int i = 0; i < TALL * 2; i++)
         n[i / 2][i % 2] = channel_of(scales, min(channel + first + i / 2 * 64 + g + i % 2 * 8, N - 1));
+      if (thread % 128 == 0) copies_back_read(); // y of the tile before
+      asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+      float2 two[2][2]; // scales of this thread's tokens of 16, and of the next 16, which are here when they are needed
+      auto scales_of = [&](int i, float2* two) {
+        two[0] = *(const float2*)(token_scales + i + 2 * t);
+        if (AWAY >= 16) two[1] = *(const float2*)(token_scales + i + 8 + 2 * t);
+      };
+      scales_of(0, two[0]);
 #endif
       products_wait<0>();
 #if !SPLIT
       release(before);
-      const u32 written = ring + STAGES * STAGE_BYTES + group * TALL * (AWAY * 128); // [64 channels][token], 128 bytes each
 #pragma unroll
       for (int start = 0; start < TOKENS; start += AWAY) {
-        if (thread % 128 == 0) copies_back_read(); // what was written before has left
-        asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+        const u32 written = ring + STAGES * STAGE_BYTES + (group * BUFFERS + start / AWAY % BUFFERS) * TALL * (AWAY * 128);
 #pragma unroll
         for (int i = 0; i < AWAY; i += 16) {
+          const int now = (start + i) / 16 % 2;
+          if (start + i + 16 < TOKENS) scales_of(start + i + 16, two[1 - now]);
           Token m[2][2];
 #pragma unroll
-          for (int j = 0; j < (AWAY < 16 ? 2 : 4); j++)
-            m[j / 2][j % 2] = of_another(of_lane[(start + i) / 32], (start + i) % 32 + j / 2 * 8 + 2 * t + j % 2);
+          for (int j = 0; j < (AWAY < 16 ? 1 : 2); j++) {
+            m[j][0].scale = two[now][j].x, m[j][1].scale = two[now][j].y;
+#if ZEROS
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+              m[j][h].zero = __shfl_sync(~0u, zero_of_lane[(start + i) / 32], (start + i) % 32 + j * 8 + 2 * t + h);
+#endif
+          }
           const int row = i + lane / 16 * 8 + lane % 8, c = warp * 32 + lane / 8 % 2 * 16;
 #pragma unroll
           for (int r = 0; r < TALL; r++) {
@@ -344,9 +385,9 @@ scaled_linear(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q
 #pragma unroll
             for (int j = 0; j < (AWAY < 16 ? 2 : 4); j++) {
               const NUMBER* from = d[r] + (start + i + j / 2 * 8) / 2 + j % 2 * 2;
-              v[j] = halves(scaled(from[0], m[j / 2][0], n[r][j % 2]), scaled(from[1], m[j / 2][1], n[r][j % 2]));
+              v[j] = to_halves(scaled(from[0], m[j / 2][0], n[r][j % 2]), scaled(from[1], m[j / 2][1], n[r][j % 2]));
             }
-            const u32 block = written + r * (AWAY * 128);
+            const u32 block = written + r * (AWAY * 128); // [token][64 channels]
             if (AWAY < 16)
               store_2_matrices_transposed(block + lane % 8 * 128 + (c ^ lane % 8 * 16), v);
             else
@@ -354,6 +395,7 @@ scaled_linear(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q
           }
         }
         before_copies();
+        if (BUFFERS > 1 && thread % 128 == 0) copies_back_read<(BUFFERS > 1 ? BUFFERS - 2 : 0)>(); // where the next go
         asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
         if (thread % 128 == 0) {
           for (int r = 0; r < TALL; r++)
@@ -394,7 +436,8 @@ scaled_linear(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q
     for (int i = thread; i < tokens_of(rank) * (CHANNELS / 8); i += CONSUMERS) {
       const int row = i / (CHANNELS / 8), c = i % (CHANNELS / 8) * 8, n = channel + c;
       if (n >= N) continue;
-      const Token m = token_of(scales, token + rank * slice + row);
+      const int at = token + rank * slice + row;
+      const Token m = {scale_of(scales, at), zero_of(scales, at)};
       NUMBER total[8] = {};
       for (int r = 0; r < blocks; r++) {
         const NUMBER* from = (r == rank ? sums + rank * slice * PITCH : part(r, rank)) + row * PITCH + c;
@@ -404,9 +447,9 @@ scaled_linear(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q
       u32 out[4];
 #pragma unroll
       for (int j = 0; j < 4; j++)
-        out[j] = halves(scaled(total[2 * j], m, channel_of(scales, n + 2 * j)),
-                        scaled(total[2 * j + 1], m, channel_of(scales, n + 2 * j + 1)));
-      *(uint4*)(y + (size_t)(token + rank * slice + row) * N + n) = make_uint4(out[0], out[1], out[2], out[3]);
+        out[j] = to_halves(scaled(total[2 * j], m, channel_of(scales, n + 2 * j)),
+                           scaled(total[2 * j + 1], m, channel_of(scales, n + 2 * j + 1)));
+      *(uint4*)(y + (size_t)at * N + n) = make_uint4(out[0], out[1], out[2], out[3]);
     }
     __syncwarp();
     cluster_wait(); // what the others have of this block has left it

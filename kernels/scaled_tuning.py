@@ -2,7 +2,8 @@
 
 The products alone are timed, of quantized activations. Against them stand cuBLASLt for float8; the plain linear for
 sparse half precision; for other sparse weights the dense product of the same codes. A linear whose weight is sparse
-cannot take a dense product at run time: it has the fastest plan all the same, which then says that it is behind.
+cannot take a dense product at run time, nor can an activation function be part of another's: there is a plan all the
+same, which then says that it is behind.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from .float8_scaled_linear import float8_scaled_linear
 from .op import need
 from .tuning import Way, cold, compile_all, least, times
 
-MEASURED = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens, for each of TOKENS
+MEASURED = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 16384)  # tokens, for each of TOKENS
 STAGES = 8  # at most
 HALF = torch.bfloat16  # what y is of
 
@@ -66,7 +67,8 @@ def expected(made: Codes) -> Tensor:
 
 
 def candidates(codes: torch.dtype, sparse: bool, tokens: int) -> Iterator[ScaledPlan]:
-    """What may be fastest for M up to `tokens`, for some shape; each with as many stages as there is room for."""
+    """What may be fastest for M up to `tokens`, for some shape; each with as many stages as there is room for, and with
+    as many as leave room for all of y."""
     for channels, warps, boxes in product((64, 128, 256), (4, 8), (1, 2)):
         if channels // warps // 16 not in (1, 2):
             continue
@@ -75,11 +77,14 @@ def candidates(codes: torch.dtype, sparse: bool, tokens: int) -> Iterator[Scaled
                 continue
             clusters = ((1, 1), (1, 2), (1, 4)) if tokens >= 256 else ((1, 1), (2, 1), (4, 1), (8, 1))
             for share, neighbours in clusters:
-                for stages in range(STAGES, 2, -1):
-                    plan = ScaledPlan(share, neighbours, stages, boxes, channels, width, warps)
-                    if plan.shared(codes.itemsize, sparse) <= SHARED and not (sparse and stages % 2):
-                        yield plan
-                        break
+                sizes = [
+                    ScaledPlan(share, neighbours, stages, boxes, channels, width, warps)
+                    for stages in range(STAGES, 2, -1)
+                    if not (sparse and stages % 2)
+                ]
+                fitting = [plan for plan in sizes if plan.shared(codes.itemsize, sparse) <= SHARED]
+                whole = [plan for plan in fitting if share == 1 and plan.away(codes.itemsize, sparse) == width]
+                yield from dict.fromkeys(fitting[:1] + whole[:1])
 
 
 def worthwhile(plan: ScaledPlan, N: int, K: int, M: int, itemsize: int) -> bool:
@@ -104,7 +109,7 @@ def fastest(
     each: Callable = print,
     device: str = "cuda",
 ) -> list[ScaledPlan | None]:
-    """The plan for each of TOKENS, measured at `tokens` (None: not); None where cuBLASLt is faster.
+    """The plan for each of TOKENS, measured at `tokens` (None: not).
 
     each: as for `tuning.times`. device: where the tensors are.
 
@@ -127,7 +132,7 @@ def fastest(
             ways.insert(0, Way(None, other, cold([made.weight, None, made.scale])))
         found = times(ways, made.x, expected(made), each)
         best = least(found)
-        if sparse and best is None:
+        if best is None:
             best = replace(least([(us, plan) for us, plan in found if plan]), behind=True)
         chosen.append(best)
     return chosen
@@ -138,7 +143,7 @@ def multiply(
 ) -> Tensor:
     """y by a plan, of x and a copy of the packed weight."""
     x, x_scale = made.x, made.x_scale
-    return cuda_scaled_linear.run(plan, x, x_scale, None, q, indices, scale, None, None, HALF, dependent)
+    return cuda_scaled_linear.run(plan, x, x_scale, None, q, indices, scale, None, None, HALF, dependent=dependent)
 
 
 def rival(codes: torch.dtype, sparse: bool, made: Codes) -> Callable[..., Tensor] | None:

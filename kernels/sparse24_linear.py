@@ -54,8 +54,8 @@ def _(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) ->
 @sparse24_linear.implementation(
     "cuda", supports=lambda case: cuda_scaled_linear.supports(case, case.dtype, sparse=True)
 )
-def _(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
-    return cuda_scaled_linear.linear(x, values, None, bias, x.dtype, indices=indices)
+def _(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None, function: str | None = None) -> Tensor:
+    return cuda_scaled_linear.linear(x, values, None, bias, x.dtype, indices=indices, function=function)
 
 
 @sparse24_linear.implementation("cusparselt", supports=lambda case: cusparselt.supports(case, case.dtype))

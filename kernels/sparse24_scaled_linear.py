@@ -67,11 +67,11 @@ class SparseScaledLinearOp(ScaledLinearOp):
         values, indices = args[self.at : self.at + 2]
         return function(*args[: self.at], decompress(values, indices), *args[self.at + 2 :])
 
-    def fused(self, *args) -> Tensor:
+    def fused(self, *args, function: str | None = None) -> Tensor:
         given = dict(zip(self.names, args, strict=True))
         rest = {name: given.get(name) for name in ("indices", "x_scale", "x_zero", "sums")}
         return cuda_scaled_linear.linear(
-            given["x"], given["values"], given["scale"], given["bias"], given["dtype"], **rest
+            given["x"], given["values"], given["scale"], given["bias"], given["dtype"], function=function, **rest
         )
 
     def supports(self, case: Case) -> bool | str:

@@ -142,21 +142,25 @@ class Way(NamedTuple):
 def times(
     ways: Iterable[Way], x: Tensor, expected: Tensor, each: Callable[[int, float, float, Any | None], Any]
 ) -> list[tuple[float, Any | None]]:
-    """Microseconds of each way, and its plan.
+    """Microseconds of each way, and its plan; all are measured forth and back, as a GPU slows down when it gets warm.
 
     expected: y [M, N] in fp32. each: told (M, µs, error in the norm, plan) of all that is measured.
     Raises RuntimeError for a plan that is wrong.
     """
-    found = []
-    for plan, call, copies in ways:
-        error = ((call(*copies[0]).float() - expected).norm() / expected.norm()).item()
-        if plan and not error < TOLERANCE:
+    ways = list(ways)
+    errors = [((call(*copies[0]).float() - expected).norm() / expected.norm()).item() for _, call, copies in ways]
+    for way, error in zip(ways, errors, strict=True):
+        if way.plan and not error < TOLERANCE:
             of = f"{x.dtype} x {list(x.shape)} and y {list(expected.shape)}"
-            raise RuntimeError(f"{plan!r} is wrong by {error:.1e} for {of}")
+            raise RuntimeError(f"{way.plan!r} is wrong by {error:.1e} for {of}")
+    measured: list[list[float]] = [[] for _ in ways]
+    for i in (*range(len(ways)), *reversed(range(len(ways)))):
+        plan, call, copies = ways[i]
         starts: list[dict[str, bool]] = [{"dependent": True}, {"dependent": False}] if plan else [{}]
-        microseconds = statistics.mean(time_calls([partial(call, *copy, **how) for copy in copies]) for how in starts)
+        measured[i] += [time_calls([partial(call, *copy, **how) for copy in copies]) for how in starts]
+    found = [(statistics.mean(each), way.plan) for each, way in zip(measured, ways, strict=True)]
+    for (microseconds, plan), error in zip(found, errors, strict=True):
         each(len(x), microseconds, error, plan)
-        found.append((microseconds, plan))
     return found
 
 

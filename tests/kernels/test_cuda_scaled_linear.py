@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from aograph.kernels import cuda_scaled_linear, nvrtc, plans, sparse24
 from aograph.kernels.cuda_linear import CAPABILITIES
 from aograph.kernels.cuda_scaled_linear import TOKENS, ScaledPlan
@@ -57,7 +58,7 @@ def drawn(codes: torch.dtype, sparse: bool, M: int, N: int, K: int, shared: bool
     scale = torch.rand(channels, device="cuda") + 0.5 if scaled else None
     scale = scale.to(dtype) if codes is torch.int8 else scale
     zero = sums = None
-    if codes is torch.int8:
+    if codes is torch.int8 and M % 2:
         zero = torch.randint(-20, 20, (1,) if shared else (M, 1), device="cuda", dtype=torch.int32)
         sums = q.sum(1, dtype=torch.int32)
         exact = exact[0] - zero.double(), exact[1]
@@ -100,6 +101,26 @@ def test_fp16_and_nan_scales(codes, gpu):
     arguments[1][7] = float("nan")
     y = cuda_scaled_linear.run(PLANS[0], *arguments)
     assert y[7].isnan().all() and not y[8:].isnan().any()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("function, approximate", [("gelu", "none"), ("gelu_tanh", "tanh")])
+@pytest.mark.parametrize("codes, sparse", KINDS)
+@pytest.mark.parametrize("plan", [PLANS[1], PLANS[2], PLANS[6]], ids=["alone", "neighbours", "share"])
+def test_functions(plan, codes, sparse, function, approximate, gpu):
+    dtype = codes if codes.itemsize == 2 else torch.bfloat16
+    (x, x_scale, zero, q, indices, scale, sums, bias, _), exact = drawn(codes, sparse, 77, 1000, 1024, False, dtype)
+    exact = exact - bias.double()
+    factor = exact.std().item() / 2  # y is of the size where GELU is neither 0 nor y
+    scale = (torch.ones(1000, device="cuda") if scale is None else scale.float()) / factor
+    y = cuda_scaled_linear.run(plan, x, x_scale, zero, q, indices, scale, sums, None, dtype, function)
+    expected = F.gelu(exact / factor, approximate=approximate)
+    atol = 3e-2 if codes is torch.float8_e4m3fn else 1e-3  # what the tensor cores lose of sums
+    torch.testing.assert_close(y.double(), expected, rtol=torch.finfo(dtype).eps, atol=atol)
+    if x_scale is not None:
+        x_scale[3] = float("nan")
+        y = cuda_scaled_linear.run(plan, x, x_scale, zero, q, indices, scale, sums, None, dtype, function)
+        assert y[3].isnan().all() and not y[4:].isnan().any()
 
 
 @pytest.mark.cuda
