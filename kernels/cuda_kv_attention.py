@@ -1,0 +1,188 @@
+"""Attention over packed caches for CUDA, in CUDA C++: `kv_attention.cu`, for few query rows of each KV head.
+
+The cache of a row is divided among blocks by what its tokens see, on the device: nothing is read back, so that CUDA
+graphs replay a step at any position. How many blocks there are follows from the capacity and the multiprocessors.
+"""
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from . import cuda
+from .cuda_linear import CAPABILITIES, SHARED
+from .kv_cache import CODES, CacheCase, KVFormat
+from .op import Case, need
+
+KINDS = {dtype: kind for kind, dtype in enumerate((CODES["int8"], CODES["fp8"], CODES["int4"]))}  # as the kernel has them
+UNIT = 32  # tokens that a warp takes at a time
+BARRIERS = 1024  # bytes of shared memory ahead of the ring
+MOST_STAGES = 8  # of a warp
+MOST_WAVES = 4  # of blocks
+TOKENS = 32  # new ones that a warp knows the positions of
+SUMS = 512  # registers' worth: tiles of 8 query rows times the head size
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of the kernel: a head of `head` elements, `tiles` of 8 query rows, the formats, and `warps` of a block."""
+
+    head: int
+    tiles: int
+    keys: KVFormat
+    values: KVFormat
+    warps: int = 8
+
+    def segments(self, form: KVFormat) -> tuple[int, int]:
+        """Into how many boxes the codes of a token go, and how many bytes wide they are."""
+        row = self.head * form.bits // 8
+        width = next((width for width in (32, 64) if row <= width), 128)
+        return -(-row // width), width
+
+    @property
+    def stage(self) -> int:
+        """Bytes of a unit: codes and scales of its keys and values."""
+        codes = sum(count * width for count, width in map(self.segments, (self.keys, self.values)))
+        scales = sum(form.groups(self.head) * 4 for form in (self.keys, self.values))
+        return UNIT * (codes + scales)
+
+    @property
+    def stages(self) -> int:
+        """As many as fit."""
+        return min((SHARED - BARRIERS - self.fragments) // (self.stage * self.warps), MOST_STAGES)
+
+    @property
+    def fragments(self) -> int:
+        """Bytes of q."""
+        return self.head * self.tiles * 16
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: the ring and q, or the sums that take their place."""
+        sums = self.warps * self.tiles * 8 * ((self.head + 4) * 4 + 8)
+        return BARRIERS + max(self.warps * self.stages * self.stage + self.fragments, sums)
+
+    def defines(self, dtype: torch.dtype, mask: torch.dtype | None) -> dict[str, int]:
+        groups = {form.group_size for form in (self.keys, self.values) if form.asymmetric}
+        return {
+            "FP16": int(dtype is torch.float16),
+            "HEAD": self.head,
+            "KEYS": KINDS[CODES[self.keys.name]],
+            "VALUES": KINDS[CODES[self.values.name]],
+            "GROUP": max((group or self.head for group in groups), default=32),
+            "TILES": self.tiles,
+            "WARPS": self.warps,
+            "STAGES": self.stages,
+            "MASK": {None: 0, torch.bool: 1, dtype: 2, torch.float32: 3}[mask],
+        }
+
+
+def supports(case: Case) -> bool | str:
+    """Whether the kernel takes a case of `kv_attention`."""
+    assert isinstance(case, CacheCase)
+    forms = case.keys, case.values
+    groups = {form.group_size for form in forms if form.asymmetric}
+    here = need(
+        (case.device == "cuda", "runs on CUDA only"),
+        (case.capability in CAPABILITIES, "is written for compute capability 9.0"),
+        (case.dtype in (torch.bfloat16, torch.float16), "takes bf16 and fp16 q only"),
+        (case.M is not None, "T is unknown"),
+        (case.K == case.N, "keys and values have heads of different sizes"),
+        (case.K % 16 == 0 and 0 < case.K <= 256, "the head size is no multiple of 16 up to 256"),
+        (
+            all(form.asymmetric or form.group_size in (None, case.K) for form in forms),
+            "codes of 8 bits have one scale for a head",
+        ),
+        (all(group and group % 32 == 0 for group in groups), "groups of int4 are no multiples of 32"),
+        (len(groups) < 2, "groups of keys and values differ"),
+        (case.length % 4 == 0, "S is not a multiple of 4"),
+        (case.rows * case.heads * case.length < 1 << 31, "the cache has more than 2³¹ tokens and heads"),
+        (case.mask in (None, torch.bool, torch.float32, case.dtype), "the mask is of another dtype than q"),
+        (
+            (case.M or 0) <= TOKENS and -(-(case.M or 0) * case.queries // 8) * case.K <= SUMS,
+            "is for few query rows: tokens times query heads of a KV head",
+        ),
+    )
+    return cuda.available(case.capability) if here is True else here
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    k_scales: Tensor,
+    v: Tensor,
+    v_scales: Tensor,
+    positions: Tensor,
+    start: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    case: CacheCase,
+) -> Tensor:
+    """`kv_attention` of a case that `supports` takes. Caches that are not contiguous are copied."""
+    B, Hq, T, D = q.shape
+    H, S = k.shape[1:3]
+    y = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if not y.numel():
+        return y
+    if not S:
+        return y.zero_()
+    rows, pairs = Hq // H * T, B * H
+    q, k, k_scales, v, v_scales = (_aligned(each) for each in (q, k, k_scales, v, v_scales))
+    positions = positions.contiguous()
+    start = None if start is None else start.contiguous()
+    sizes = Sizes(D, -(-rows // 8), case.keys, case.values)
+    strides = (0, 0, 0)
+    if mask is not None:
+        mask = mask if mask.stride(3) == 1 and max(mask.stride()) < 1 << 31 else mask.contiguous()
+        strides = tuple(mask.stride(i) if mask.shape[i] > 1 else 0 for i in range(3))
+    blocks = blocks_of(pairs, S, sizes.warps, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    sums = tops = None
+    if blocks > 1:
+        sums = q.new_empty(pairs, blocks, rows, D, dtype=torch.float32)
+        tops = q.new_empty(pairs, blocks, rows, 2, dtype=torch.float32)
+    attend, combine = _kernels(sizes, q.dtype, mask.dtype if mask is not None else None, q.device)
+    with torch.cuda.device_of(q):
+        boxes = [
+            cuda.boxes(codes.data_ptr(), (pairs * S, codes.shape[3]), 1, (UNIT, width), swizzle=width)
+            for codes, (_, width) in ((k, sizes.segments(case.keys)), (v, sizes.segments(case.values)))
+        ]
+        seen = positions, start
+        attend(
+            (pairs * blocks, 1, 1),
+            sizes.warps * 32,
+            (q, boxes[0], k_scales, boxes[1], v_scales, *seen, mask, y, sums, tops, float(scale), float(softcap), window,
+             blocks, H, rows, T, S, *strides),
+            shared=sizes.shared,
+        )  # fmt: skip
+        if blocks > 1:
+            arguments = sums, tops, *seen, y, window, blocks, H, rows, T, S
+            combine((pairs * rows, 1, 1), 256, arguments, shared=blocks * 4)
+    return y
+
+
+@lru_cache(maxsize=4096)
+def blocks_of(pairs: int, S: int, warps: int, multiprocessors: int) -> int:
+    """Blocks for each pair of a row and a KV head: those with which the multiprocessors, one block each at a time, are
+    least idle while a full cache is read; fewer waves where that is much the same."""
+    most = max(min(multiprocessors * MOST_WAVES // pairs, -(-S // (UNIT * warps))), 1)
+
+    def time(blocks: int) -> float:
+        waves = -(-pairs * blocks // multiprocessors)
+        return waves / blocks * pairs + 0.02 * waves * multiprocessors
+
+    return min(range(1, most + 1), key=time)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, at an address that copies of 16 bytes can begin at."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+@cache
+def _kernels(sizes: Sizes, dtype: torch.dtype, mask: torch.dtype | None, device: torch.device):
+    defines = sizes.defines(dtype, mask)
+    return [cuda.kernel("kv_attention.cu", name, device, **defines) for name in ("kv_attend", "kv_combine")]
