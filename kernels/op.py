@@ -81,8 +81,8 @@ def need(*conditions: tuple[bool, str]) -> bool | str:
 
 @lru_cache
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """The CUDA compute capability of a device; None for any other kind of device."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    """The CUDA compute capability of a device; None for any other kind of device, and where there is no GPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
 
 
 class Op:
@@ -229,11 +229,14 @@ class Op:
         spans = [f"M ≤ {ends[0]}", *between, f"M > {ends[-1]}"]
         return ", ".join(f"{name(start)} ({span})" for start, span in zip(starts, spans, strict=True))
 
+    def usual(self, device: torch.device, dtype: torch.dtype, M: int) -> Case:
+        """A case that `availability` asks about."""
+        return Case(device.type, dtype, M, 4096, 4096, self.usual_group_size, capability(device))
+
     def availability(self, device: str) -> list[tuple[str, bool | str]]:
         """For each implementation: True where it takes some usual case on this device, else why not."""
-        major_minor = capability(torch.device(device)) if torch.cuda.is_available() else None
         usual = [
-            Case(torch.device(device).type, dtype, M, 4096, 4096, self.usual_group_size, major_minor)
+            self.usual(torch.device(device), dtype, M)
             for dtype in (torch.bfloat16, torch.float16, torch.float32)
             for M in (1, 4096)
         ]
