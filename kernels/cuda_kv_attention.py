@@ -12,10 +12,10 @@ from torch import Tensor
 
 from . import cuda
 from .cuda_linear import CAPABILITIES, SHARED
-from .kv_cache import CODES, CacheCase, KVFormat
+from .kv_cache import CacheCase, KVFormat
 from .op import Case, need
 
-KINDS = {dtype: kind for kind, dtype in enumerate((CODES["int8"], CODES["fp8"], CODES["int4"]))}  # as the kernel has them
+KINDS = {"int8": 0, "fp8": 1, "int4": 2}  # as the kernel has them
 UNIT = 32  # tokens that a warp takes at a time
 BARRIERS = 1024  # bytes of shared memory ahead of the ring
 MOST_STAGES = 8  # of a warp
@@ -26,7 +26,7 @@ SUMS = 512  # registers' worth: tiles of 8 query rows times the head size
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of the kernel: a head of `head` elements, `tiles` of 8 query rows, the formats, and `warps` of a block."""
+    """The sizes of the kernel: elements of a head, tiles of 8 query rows, the formats, and the warps of a block."""
 
     head: int
     tiles: int
@@ -68,8 +68,8 @@ class Sizes:
         return {
             "FP16": int(dtype is torch.float16),
             "HEAD": self.head,
-            "KEYS": KINDS[CODES[self.keys.name]],
-            "VALUES": KINDS[CODES[self.values.name]],
+            "KEYS": KINDS[self.keys.name],
+            "VALUES": KINDS[self.values.name],
             "GROUP": max((group or self.head for group in groups), default=32),
             "TILES": self.tiles,
             "WARPS": self.warps,
@@ -153,8 +153,8 @@ def attention(
         attend(
             (pairs * blocks, 1, 1),
             sizes.warps * 32,
-            (q, boxes[0], k_scales, boxes[1], v_scales, *seen, mask, y, sums, tops, float(scale), float(softcap), window,
-             blocks, H, rows, T, S, *strides),
+            (q, boxes[0], k_scales, boxes[1], v_scales, *seen, mask, y, sums, tops, float(scale), float(softcap),
+             window, blocks, H, rows, T, S, *strides),
             shared=sizes.shared,
         )  # fmt: skip
         if blocks > 1:

@@ -14,6 +14,7 @@ a row sees change nothing, whatever they hold; NaN at one that some see may reac
 import torch
 from torch import Tensor
 
+from . import cuda_kv_attention
 from .kv_cache import FLOATS, CacheCase, CacheOp
 from .op import capability
 
@@ -89,3 +90,9 @@ def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, windo
     scores = scores_of(q.double().unflatten(1, (H, -1)), keys, by_kv_head(mask, H), visible, scale, softcap)
     weights = scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
     return (weights.flatten(2, 3) @ values).unflatten(2, weights.shape[2:4]).flatten(1, 2).to(q.dtype)
+
+
+@kv_attention.implementation("cuda", supports=cuda_kv_attention.supports)
+def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window):
+    arguments = q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window
+    return cuda_kv_attention.attention(*arguments, kv_attention.known_case(*arguments))
