@@ -11,10 +11,10 @@ from .rounding import chunks, is_fake, storable
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = torch.finfo(FLOAT8).max  # 448
-MOVES = {  # a dtype's integers of the same size, how far left of e4m3's its exponent is, and how far off its bias
-    torch.bfloat16: (torch.int16, 4, 2.0**120),
-    torch.float16: (torch.int16, 7, 2.0**8),
-    torch.float32: (torch.int32, 20, 2.0**120),
+MOVES = {  # a dtype of 16 bits to make values in, how far left of e4m3's its exponent is, and how far off its bias
+    torch.bfloat16: (torch.bfloat16, 4, 2.0**120),
+    torch.float16: (torch.float16, 7, 2.0**8),
+    torch.float32: (torch.float16, 7, 2.0**8),
 }
 
 
@@ -49,7 +49,7 @@ def widen(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if codes.dtype is not FLOAT8 or codes.device.type != "cpu" or dtype not in MOVES:
         return codes.to(dtype)
-    integer, shift, bias = MOVES[dtype]
-    bits = codes.view(torch.int8).to(integer)  # the sign is where it belongs
-    value = (bits & 0x7F).bitwise_left_shift_(shift).bitwise_or_(bits.bitwise_and_(torch.iinfo(integer).min))
-    return value.view(dtype).mul_(bias)
+    small, shift, bias = MOVES[dtype]
+    bits = codes.view(torch.int8).to(torch.int16)  # the sign is where it belongs
+    value = (bits & 0x7F).bitwise_left_shift_(shift).bitwise_or_(bits.bitwise_and_(torch.iinfo(torch.int16).min))
+    return value.view(small).to(dtype).mul_(bias)

@@ -1,15 +1,17 @@
 """kv_attention: attention of new tokens over packed caches of keys and values.
 
-q [B, Hq, T, D]; k, v with their scales: packed caches [B, H, S, D] and [B, H, S, Dv] (`kv_cache.py`); query head i reads
-KV head i // (Hq / H). Token t of row b sees the cache's positions start[b] … positions[b, t], of them only the newest
-`window` where window > 0, and of them only what mask allows:
+q [B, Hq, T, D]; k, v with their scales: packed caches [B, H, S, D] and [B, H, S, Dv] (`kv_cache.py`); query head i
+reads KV head i // (Hq / H). Token t of row b sees the cache's positions start[b] … positions[b, t], of them
+only the newest `window` where window > 0, and of them only what mask allows:
     positions [B, T] int64   S - 1 and more: up to the end; negative: nothing
     start [B] int64          None: 0
-    mask                     bool (True: seen), or float, added to the scores; [B or 1, Hq or 1, T or 1, S], or None
+    mask                     bool (True: seen), or float, added to the scores; [B or 1, Hq or 1, T, S], or None
     scores = q · k * scale, then, where softcap > 0, softcap * tanh(scores / softcap)
 -> [B, Hq, T, Dv] in q's dtype: softmax(scores) · v, and zeros for a token that sees nothing. Positions that no token of
 a row sees change nothing, whatever they hold; NaN at one that some see may reach all tokens of that row.
 """
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +19,11 @@ from torch import Tensor
 from . import cuda_kv_attention
 from .kv_cache import FLOATS, CacheCase, CacheOp
 from .op import capability
+
+BLOCK = 1024  # positions at a time
+BLOCKS_IN_GRAPH = 8  # at most, as each becomes a part of it
+SCORES = {"cpu": 1 << 22}  # in work at a time: on CPU little enough for its caches, with one block of positions,
+MANY_SCORES = 1 << 27  # elsewhere what keeps a GPU busy
 
 kv_attention = CacheOp(
     "kv_attention(Tensor q, Tensor k, Tensor k_scales, Tensor v, Tensor v_scales, Tensor positions, Tensor? start, "
@@ -45,7 +52,7 @@ def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, windo
     if start is not None:
         check("start", start, device, (torch.int64,), (B,))
     if mask is not None:
-        shapes = [(rows, heads, tokens, S) for rows in (B, 1) for heads in (Hq, 1) for tokens in (T, 1)]
+        shapes = [(rows, heads, T, S) for rows in (B, 1) for heads in (Hq, 1)]
         check("mask", mask, device, (torch.bool, *FLOATS), *shapes)
     return CacheCase(
         device.type, q.dtype, T, of_values, D, None, capability(device), rows=B, heads=H, queries=Hq // H, length=S,
@@ -53,46 +60,123 @@ def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, windo
     )  # fmt: skip
 
 
-def scores_of(q: Tensor, keys: Tensor, mask: Tensor | None, visible: Tensor, scale: float, softcap: float) -> Tensor:
-    """[B, H, G, T, n] of q [B, H, G, T, D] and n keys [B, H, n, D]; -inf where a token does not see a key.
+@dataclass(frozen=True)
+class Sight:
+    """What tokens see: the arguments of the op, with mask [B or 1, H or 1, G or 1, T, S]."""
 
-    mask: [B or 1, H or 1, G or 1, T or 1, n]; visible [B, T, n].
-    """
-    scores = (q.flatten(2, 3) @ keys.mT).unflatten(2, q.shape[2:4]).mul_(scale)
+    positions: Tensor
+    start: Tensor | None
+    window: int
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, positions: Tensor, start: Tensor | None, mask: Tensor | None, window: int, H: int) -> "Sight":
+        """From the arguments of the op, for H KV heads."""
+        if mask is not None:
+            mask = mask.unflatten(1, (H, -1)) if mask.shape[1] > 1 else mask[:, None]
+        return cls(positions, start, window, mask)
+
+    def tokens(self, part: slice) -> "Sight":
+        """That of some of the tokens."""
+        mask = None if self.mask is None else self.mask[:, :, :, part]
+        return replace(self, positions=self.positions[:, part], mask=mask)
+
+    def seen(self, part: slice) -> Tensor:
+        """[B, T, n]: which tokens see which of n positions, mask aside."""
+        places = torch.arange(part.start, part.stop, device=self.positions.device)
+        positions = self.positions[..., None]
+        seen = places <= positions
+        if self.start is not None:
+            seen = seen & (places >= self.start[:, None, None])
+        return seen & (places > positions - self.window) if self.window > 0 else seen
+
+    def span(self, S: int) -> range:
+        """The positions that may be seen, of S; all of them where asking would wait for a GPU, and in a graph."""
+        if self.positions.device.type != "cpu" or torch.compiler.is_exporting():
+            return range(S)
+        if not self.positions.numel():
+            return range(0)
+        first = int(self.positions.min()) - self.window + 1 if self.window > 0 else 0
+        first = first if self.start is None else max(first, int(self.start.min()))
+        return range(max(first, 0), min(int(self.positions.max()) + 1, S))
+
+
+def scores_of(q: Tensor, keys: Tensor, seen: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """[B, H, G, T, n] of q [B, H, G, T, D] and n keys [B, H, n, D]; -inf where a token does not see a key."""
+    scores = (q.flatten(2, 3) @ keys.mT).unflatten(2, q.shape[2:4]) * scale
     if softcap > 0:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    if mask is not None and mask.dtype is not torch.bool:
-        scores = scores.add_(mask)
-    seen = visible[:, None, None]
-    return scores.masked_fill_(~(seen & mask if mask is not None and mask.dtype is torch.bool else seen), -torch.inf)
+        scores = (scores / softcap).tanh() * softcap
+    seen = seen[:, None, None]
+    if mask is not None and mask.dtype is torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        scores = scores + mask
+    return scores.masked_fill(~seen, -torch.inf)
 
 
-def visible_of(places: Tensor, positions: Tensor, start: Tensor | None, window: int) -> Tensor:
-    """[B, T, n]: whether tokens at positions [B, T] see the cache's places [n], by length, start and window."""
-    visible = places <= positions[..., None]
-    if start is not None:
-        visible = visible & (places >= start[:, None, None])
-    return visible & (places > positions[..., None] - window) if window > 0 else visible
+def values_of(v: Tensor, v_scales: Tensor, seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, H, n, Dv] in fp32 or fp64: n values, 0 where no token sees them (seen [B, T, n])."""
+    unseen = ~seen.any(1)[(slice(None), None, ..., *[None] * (v_scales.dim() - 3))]
+    return kv_attention.format_of(v, v_scales).dequantize(v, v_scales.masked_fill(unseen, 0), dtype)
 
 
-def by_kv_head(mask: Tensor | None, H: int) -> Tensor | None:
-    """A mask [B, Hq or 1, T, S] as [B, H or 1, G or 1, T, S]."""
-    return mask if mask is None else mask.unflatten(1, (H, -1)) if mask.shape[1] > 1 else mask[:, None]
+def product(weights: Tensor, values: Tensor) -> Tensor:
+    """[B, H, G, T, Dv] of weights [B, H, G, T, n] and values [B, H, n, Dv]."""
+    return (weights.flatten(2, 3) @ values).unflatten(2, weights.shape[2:4])
 
 
 @kv_attention.reference
 def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window):
     H, S = k.shape[1:3]
+    sight = Sight.of(positions, start, mask, window, H)
+    seen = sight.seen(slice(0, S))
     keys = kv_attention.format_of(k, k_scales).dequantize(k, k_scales, torch.float64)
-    values = kv_attention.format_of(v, v_scales).dequantize(v, v_scales, torch.float64)
-    visible = visible_of(torch.arange(S, device=k.device), positions, start, window)
-    values = values.masked_fill(~visible.any(1)[:, None, :, None], 0)
-    scores = scores_of(q.double().unflatten(1, (H, -1)), keys, by_kv_head(mask, H), visible, scale, softcap)
+    scores = scores_of(q.double().unflatten(1, (H, -1)), keys, seen, sight.mask, scale, softcap)
     weights = scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
-    return (weights.flatten(2, 3) @ values).unflatten(2, weights.shape[2:4]).flatten(1, 2).to(q.dtype)
+    return product(weights, values_of(v, v_scales, seen, torch.float64)).flatten(1, 2).to(q.dtype)
 
 
 @kv_attention.implementation("cuda", supports=cuda_kv_attention.supports)
 def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window):
     arguments = q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window
     return cuda_kv_attention.attention(*arguments, kv_attention.known_case(*arguments))
+
+
+@kv_attention.implementation("blocks", supports=lambda case: True, standalone=True)
+def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window):
+    """In fp32, a block of tokens at a time, and for it blocks of positions; in a graph all tokens: T is symbolic."""
+    (B, Hq, T, _), (H, S) = q.shape, k.shape[1:3]
+    q, sight = q.unflatten(1, (H, -1)), Sight.of(positions, start, mask, window, H)
+    parts = [slice(None)]
+    if not torch.compiler.is_exporting():
+        few = max(SCORES.get(q.device.type, MANY_SCORES) // max(B * Hq * BLOCK, 1), 1)
+        parts = [slice(first, first + few) for first in range(0, max(T, 1), few)]
+    y = []
+    for part in parts:
+        tokens = sight.tokens(part)
+        span = tokens.span(S)
+        y.append(online(q[:, :, :, part].float(), k, k_scales, v, v_scales, tokens, span, scale, softcap).to(q.dtype))
+    return torch.cat(y, 3).flatten(1, 2)
+
+
+def online(q, k, k_scales, v, v_scales, sight, span, scale, softcap):
+    """[B, H, G, T, Dv] fp32 of q [B, H, G, T, D] fp32, over a span of positions, with a running maximum and sum.
+
+    Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
+    """
+    form = kv_attention.format_of(k, k_scales)
+    most = q.new_full((*q.shape[:4], 1), -torch.inf)
+    total, y = torch.zeros_like(most), q.new_zeros(*q.shape[:4], kv_attention.fit(v, v_scales)[1])
+    size = max(BLOCK, -(-len(span) // BLOCKS_IN_GRAPH)) if torch.compiler.is_exporting() else BLOCK
+    for first in span[::size]:
+        part = slice(first, min(first + size, span.stop))
+        seen = sight.seen(part)
+        keys = form.dequantize(k[:, :, part], k_scales[:, :, part], torch.float32)
+        mask = None if sight.mask is None else sight.mask[..., part]
+        scores = scores_of(q, keys, seen, mask, scale, softcap)
+        before, most = most, torch.maximum(most, scores.amax(-1, keepdim=True))
+        shift = most.masked_fill(most == -torch.inf, 0)  # of a token that has seen nothing yet
+        weights, kept = (scores - shift).exp(), (before - shift).exp()
+        total = total * kept + weights.sum(-1, keepdim=True)
+        y = y * kept + product(weights, values_of(v[:, :, part], v_scales[:, :, part], seen, torch.float32))
+    return y / total.masked_fill(total == 0, 1)

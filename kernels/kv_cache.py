@@ -6,7 +6,8 @@ B rows, H KV heads, S positions, heads of D. g neighbours along D, all of them u
     int4  codes [B, H, S, D/2] uint8, scales [B, H, S, D/g, 2] bf16, (scale, minimum): value = code * scale + minimum;
           byte j holds the codes of d = 2j, low, and of d = 2j + 1, high
 Codes meet scale and minimum as stored. A new cache is all zeros, which stands for zeros. Where NaN or inf goes into a
-scale, it is NaN, and so is all that it scales.
+scale, it is NaN, and so is all that it scales; codes are 0 there, and never NaN themselves: what has a scale, and a
+minimum, of 0 is 0.
 """
 
 from dataclasses import dataclass
@@ -71,13 +72,14 @@ class KVFormat:
         grouped = x.unflatten(-1, (self.groups(x.shape[-1]), -1))
         if not self.asymmetric:
             codes, scales, _ = (int8_per_token if self.name == "int8" else float8_per_token)(grouped)
+            codes = codes.view(torch.int8).masked_fill(scales.isnan(), 0).view(codes.dtype)
             return codes.flatten(-2), scales.squeeze(-1)
         wide = grouped.float()
         low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
         minimum = low.to(torch.bfloat16).float()
         scale = (high / LARGEST - minimum / LARGEST).clamp_min(TINY)  # each divided first: fp32 may span too much
         scale = torch.where(scale.isfinite(), scale, torch.nan).to(torch.bfloat16).float()
-        codes = ((wide - minimum) / scale).round().clamp(0, LARGEST).to(torch.uint8)
+        codes = ((wide - minimum) / scale).nan_to_num(0).round().clamp(0, LARGEST).to(torch.uint8)
         scales = torch.cat([scale, minimum], -1).to(torch.bfloat16)
         return codes[..., ::2].flatten(-2) | codes[..., 1::2].flatten(-2) << 4, scales
 
@@ -86,9 +88,10 @@ class KVFormat:
         if not self.asymmetric:
             values = widen(codes, dtype).unflatten(-1, (scales.shape[-1], -1))
             return values.mul_(scales[..., None]).flatten(-2)
-        halves = torch.stack([codes & LARGEST, codes >> 4], -1).flatten(-2)
+        pairs = codes.to(torch.int16)
+        halves = (pairs | pairs << 4).bitwise_and_(0x0F0F).view(torch.int8)  # the low byte comes first
         scale, minimum = scales.to(dtype)[..., None].unbind(-2)
-        return torch.addcmul(minimum, halves.to(dtype).unflatten(-1, (scales.shape[-2], -1)), scale).flatten(-2)
+        return halves.to(dtype).unflatten(-1, (scales.shape[-2], -1)).mul_(scale).add_(minimum).flatten(-2)
 
 
 INT8 = KVFormat("int8", 8)
@@ -101,8 +104,8 @@ class CacheCase(Case):
     """What decides which implementation of an op on packed caches runs.
 
     Of a `Case`: dtype: of what is new, or of q; M: T, tokens of each row; K: the head size of keys, N: of values, the
-    same where there is one cache. heads: KV heads H; queries: query heads of each; length: S; keys, values: the formats,
-    with group sizes as numbers; softcap: whether there is one; mask: its dtype, None where there is none.
+    same where there is one cache. heads: KV heads H; queries: query heads of each; length: S; keys, values: the
+    formats, with group sizes as numbers; softcap: whether there is one; mask: its dtype, None where there is none.
     """
 
     rows: int = 1

@@ -1,0 +1,278 @@
+"""kv_attention against float64 by torch's own attention, by each implementation, over caches that hurt."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from aograph.kernels import kv_attention as module
+from aograph.kernels.kv_attention import kv_attention as op
+from aograph.kernels.kv_cache import FP8, INT4, INT8, CacheCase, KVFormat
+from aograph.kernels.kv_update import kv_update
+
+FORMATS = [INT8, FP8, INT4, KVFormat("int8", 8, 32)]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # of the norm: y's own rounding
+each = pytest.mark.parametrize("form", FORMATS, ids=lambda form: f"{form.name}-{form.group_size}")
+floats = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 16)
+    monkeypatch.setattr(module, "SCORES", {"cpu": 1 << 10})
+
+
+def caches(form, B, H, S, D, Dv=None, values=None):
+    """k, k_scales, v, v_scales of random tokens."""
+    values = values or form
+    return *form.quantize(torch.randn(B, H, S, D)), *values.quantize(torch.randn(B, H, S, Dv or D) + 0.3)
+
+
+def expected_of(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window):
+    """One token at a time, in float64, over nothing but the positions that it sees."""
+    keys, values = op.format_of(k, k_scales), op.format_of(v, v_scales)
+    (B, Hq, T, _), (_, H, S, _) = q.shape, k.shape
+    k, v = keys.dequantize(k, k_scales, torch.float64), values.dequantize(v, v_scales, torch.float64)
+    y = torch.zeros(B, Hq, T, v.shape[3], dtype=torch.float64)
+    for b, h, t in itertools.product(range(B), range(Hq), range(T)):
+        p = int(positions[b, t])
+        first = max(0 if start is None else int(start[b]), p - window + 1 if window > 0 else 0)
+        places = [s for s in range(max(first, 0), min(p + 1, S))]
+        bias = torch.zeros(len(places), dtype=torch.float64)
+        if mask is not None:
+            row = mask[b if mask.shape[0] > 1 else 0, h if mask.shape[1] > 1 else 0, t]
+            if mask.dtype is torch.bool:
+                places = [s for s in places if row[s]]
+                bias = bias[: len(places)]
+            else:
+                bias = row[places].double()
+        if places:
+            group = h // (Hq // H)
+            scores = k[b, group, places] @ q[b, h, t].double() * scale
+            scores = (torch.tanh(scores / softcap) * softcap if softcap else scores) + bias
+            y[b, h, t] = scores.softmax(0).nan_to_num(0) @ v[b, group, places]
+    return y
+
+
+def check(*arguments):
+    expected, q = expected_of(*arguments), arguments[0]
+    for each in op:
+        if each.supports(op.case_of(*arguments)) is True:
+            y = op.run(*arguments, implementation=each.name)
+            assert y.dtype is q.dtype and y.shape == expected.shape, each.name
+            assert (y.double() - expected).norm() <= TOLERANCE[q.dtype] * expected.norm(), each.name
+            assert (y[expected == 0] == 0).all(), each.name
+
+
+@each
+@floats
+@pytest.mark.parametrize("T", [1, 3, 16])
+def test_ragged_lengths(form, dtype, T):
+    """Lengths of one token, of a block, of nearly two and of all; query heads 1, 4 and 8 for a KV head."""
+    B, H, S, D = 4, 2, 37, 64
+    ends = torch.tensor([0, 15, 30, S - 1])
+    positions = ends[:, None] - torch.arange(T).flip(0)
+    for G in (1, 4, 8):
+        q = torch.randn(B, T, G * H, D).to(dtype).transpose(1, 2)
+        check(q, *caches(form, B, H, S, D), positions, None, None, D**-0.5, 0.0, 0)
+
+
+@each
+@pytest.mark.parametrize("D", [16, 64, 80, 96, 128, 256])
+def test_head_sizes(form, D):
+    form = KVFormat(form.name, form.bits, 16 if D % 32 else form.group_size)
+    q = torch.randn(1, 4, 2, D)
+    positions = torch.tensor([[20, 21]])
+    check(q, *caches(form, 1, 2, 40, D), positions, None, None, 0.1, 0.0, 0)
+    check(q, *caches(form, 1, 2, 40, D, 32), positions, None, None, 0.1, 0.0, 0)
+
+
+def test_keys_and_values_in_formats_of_their_own():
+    q = torch.randn(2, 4, 3, 64)
+    positions = torch.randint(0, 40, (2, 3))
+    for keys, values in itertools.permutations(FORMATS, 2):
+        check(q, *caches(keys, 2, 2, 40, 64, values=values), positions, None, None, 0.1, 0.0, 0)
+
+
+@each
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("window", [0, 1, 9, 1000])
+@pytest.mark.parametrize("padded", [False, True])
+def test_padding_windows_and_softcap(form, padded, window, softcap):
+    B, H, S, D, T = 3, 2, 40, 32, 3
+    start = torch.tensor([0, 17, 33]) if padded else None
+    positions = torch.tensor([[3, 4, 5], [18, 25, 20], [38, 39, 32]])
+    check(torch.randn(B, 2 * H, T, D) * 3, *caches(form, B, H, S, D), positions, start, None, 0.3, softcap, window)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_masks(dtype, rows, heads):
+    B, H, Hq, S, D, T = 2, 2, 4, 40, 32, 20
+    mask = torch.rand(rows, heads, T, S) < 0.3
+    mask[:, :, 3], mask[:, :, 4, 16:32] = False, False
+    if dtype is not torch.bool:
+        mask = (torch.randn(mask.shape).masked_fill(~mask, -math.inf)).to(dtype)
+    q = torch.randn(B, Hq, T, D)
+    for positions in (torch.full((B, T), S - 1), torch.randint(-1, S, (B, T))):
+        check(q, *caches(INT8, B, H, S, D), positions, torch.tensor([0, 5]), mask, 0.2, 0.0, 25)
+
+
+def test_the_meaning_is_that_of_scaled_dot_product_attention():
+    B, H, S, D = 2, 2, 40, 64
+    k, k_scales, v, v_scales = caches(INT4, B, H, S, D)
+    q, positions = torch.randn(B, 8, S, D), torch.arange(S).expand(B, -1)
+    keys, values = INT4.dequantize(k, k_scales, torch.float32), INT4.dequantize(v, v_scales, torch.float32)
+    expected = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(op(q, k, k_scales, v, v_scales, positions, None, None, D**-0.5, 0.0, 0), expected)
+
+
+@each
+def test_what_no_token_sees_does_not_matter(form):
+    B, H, S, D = 2, 2, 40, 64
+    k, k_scales, v, v_scales = caches(form, B, H, S, D)
+    positions, start = torch.tensor([[17], [20]]), torch.tensor([2, 3])
+    arguments = torch.randn(B, 4, 1, D), positions, start
+    for name in ("reference", "blocks"):
+        ys = []
+        for bad in (0.0, math.nan, math.inf):
+            for each in (k_scales, v_scales):
+                each[0, :, 18:], each[0, :, :2], each[1, :, 21:], each[1, :, :3] = bad, bad, bad, bad
+            q, *seen = arguments
+            ys.append(op.run(q, k, k_scales, v, v_scales, *seen, None, 0.1, 0.0, 0, implementation=name))
+        assert ys[0].isfinite().all() and ys[0].equal(ys[1]) and ys[0].equal(ys[2])
+        k_scales[0, :, 18:], v_scales[0, :, 18:] = 0, 0
+        k_scales[1, :, 21:], v_scales[1, :, 21:] = 0, 0
+        k_scales[:, :, :3], v_scales[:, :, :3] = 0, 0
+
+
+@each
+@pytest.mark.parametrize("which", [1, 3])
+def test_nan_that_is_seen_comes_out(form, which):
+    tensors = list(caches(form, 2, 2, 40, 64))
+    tensors[which][0, 1, 5] = math.nan
+    for name in ("reference", "blocks"):
+        y = op.run(
+            torch.randn(2, 4, 1, 64), *tensors, torch.full((2, 1), 30), None, None, 0.1, 0.0, 0, implementation=name
+        )
+        assert y[0, 2:].isnan().any(-1).all() and y[0, :2].isfinite().all() and y[1].isfinite().all()
+
+
+@each
+def test_scores_that_are_large(form):
+    """Softmax over scores far apart: as large as fp32 takes without its maximum taken off."""
+    k, k_scales, v, v_scales = caches(form, 1, 2, 40, 64)
+    check(torch.randn(1, 4, 2, 64) * 1e3, k, k_scales, v, v_scales, torch.tensor([[30, 39]]), None, None, 1.0, 0.0, 0)
+
+
+def test_nothing_to_compute():
+    for B, T, S in ((0, 1, 8), (2, 0, 8), (2, 1, 0)):
+        positions = torch.zeros(B, T, dtype=torch.int64)
+        for name in ("reference", "blocks"):
+            arguments = torch.randn(B, 4, T, 32), *caches(INT8, B, 2, S, 32), positions, None, None, 0.1, 0.0, 0
+            assert op.run(*arguments, implementation=name).equal(torch.zeros(B, 4, T, 32))
+
+
+def test_no_more_of_the_cache_is_read_than_is_seen(monkeypatch):
+    read = []
+    dequantize = KVFormat.dequantize
+    monkeypatch.setattr(
+        KVFormat, "dequantize", lambda self, codes, *_: read.append(codes.shape[2]) or dequantize(self, codes, *_)
+    )
+    tensors = caches(INT8, 2, 2, 1000, 32)
+    positions, start = torch.tensor([[500], [510]]), torch.tensor([480, 490])
+    op(torch.randn(2, 4, 1, 32), *tensors, positions, start, None, 0.1, 0.0, 0)
+    assert read and max(read) <= 16 and sum(read) == 2 * (511 - 480)
+    read.clear()
+    op(torch.randn(2, 4, 1, 32), *tensors, positions, None, None, 0.1, 0.0, 5)
+    assert sum(read) == 2 * (511 - 496)
+
+
+def test_arguments_that_do_not_fit():
+    B, H, S, D = 2, 2, 8, 32
+    k, k_scales, v, v_scales = caches(INT8, B, H, S, D)
+    q, positions = torch.randn(B, 4, 3, D), torch.zeros(B, 3, dtype=torch.int64)
+    good = {
+        "q": q, "k": k, "k_scales": k_scales, "v": v, "v_scales": v_scales, "positions": positions, "start": None,
+        "mask": None, "scale": 0.1, "softcap": 0.0, "window": 0,
+    }  # fmt: skip
+    op(*good.values())
+    for change, message in (
+        ({"q": q[:, :3]}, "q has 3 heads; expected a multiple of the 2 KV heads"),
+        ({"q": q[..., :16]}, r"q is .*\[2, 4, 3, 16\].* expected .*\[2, any, any, 32\]"),
+        ({"q": q.double()}, "q is torch.float64"),
+        ({"v": v[:, :, 1:], "v_scales": v_scales[:, :, 1:]}, r"v is .*\[2, 2, 7, 32\].* expected .*\[2, 2, 8, any\]"),
+        ({"positions": positions[0]}, r"positions is .*\[3\] on cpu; expected torch.int64 \[2, 3\]"),
+        ({"start": positions}, r"start is .*\[2, 3\] on cpu; expected torch.int64 \[2\]"),
+        ({"mask": torch.zeros(3, S)}, r"mask is .*\[3, 8\] on cpu; expected .*\[2, 4, 3, 8\] or \[2, 1, 3, 8\]"),
+        ({"mask": torch.zeros(B, 1, 3, S, dtype=torch.int32)}, "mask is torch.int32"),
+    ):
+        with pytest.raises(ValueError, match=f"kv_attention: {message}"):
+            op(*(good | change).values())
+
+
+@each
+def test_the_case_and_the_registration(form):
+    tensors = caches(form, 2, 2, 8, 64, 32)
+    positions, mask = torch.tensor([[3, 4], [5, 6]]), torch.ones(2, 1, 2, 8, dtype=torch.bool)
+    arguments = torch.randn(2, 4, 2, 64).bfloat16(), *tensors, positions, None, mask, 0.1, 2.0, 0
+    g = form.group_size
+    keys, values = KVFormat(form.name, form.bits, g or 64), KVFormat(form.name, form.bits, g or 32)
+    expected = CacheCase(
+        "cpu", torch.bfloat16, 2, 32, 64, rows=2, heads=2, queries=2, length=8, keys=keys, values=values, softcap=True,
+        mask=torch.bool,
+    )  # fmt: skip
+    assert op.case_of(*arguments) == expected
+    assert op.availability("cpu")[-2:] == [("blocks", True), ("reference", True)]
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    checks += ["test_schema"] if form is not FP8 else []  # it cannot compare float8
+    torch.library.opcheck(op.overload, arguments, test_utils=checks)
+
+
+class Attention(torch.nn.Module):
+    """One layer of a decoder that keeps its own packed cache."""
+
+    def __init__(self, form, update, attend):
+        super().__init__()
+        self.update, self.attend = update, attend
+        for of in ("k", "v"):
+            for name, tensor in zip((of, f"{of}_scales"), form.empty(2, 2, 24, 32), strict=True):
+                self.register_buffer(name, tensor)
+
+    def forward(self, x, positions):
+        self.update(self.k, self.k_scales, x[:, :2], positions)
+        self.update(self.v, self.v_scales, x[:, 2:], positions)
+        cache = self.k, self.k_scales, self.v, self.v_scales
+        return self.attend(x, *cache, positions, None, None, 32**-0.5, 0.0, 0)
+
+
+def steps(layer, x):
+    """Four tokens, then one by one."""
+    parts = [slice(0, 4), *(slice(t, t + 1) for t in range(4, x.shape[2]))]
+    positions = [torch.arange(p.start, p.stop).repeat(2, 1) for p in parts]
+    return torch.cat([layer(x[:, :, p].contiguous(), at) for p, at in zip(parts, positions, strict=True)], 2)
+
+
+@each
+def test_decoding_step_by_step_in_graphs(form, fresh_compiler):
+    """The same in eager mode, compiled, exported, and exported as torch's own operators."""
+    x = torch.randn(2, 4, 20, 32)
+    expected = steps(Attention(form, kv_update, op), x)
+    k, v = (form.dequantize(*form.quantize(part), torch.float32) for part in (x[:, :2], x[:, 2:]))
+    torch.testing.assert_close(expected, F.scaled_dot_product_attention(x, k, v, is_causal=True, enable_gqa=True))
+    ops = torch.ops.aograph.kv_update, torch.ops.aograph.kv_attention
+    torch.testing.assert_close(steps(torch.compile(Attention(form, *ops), fullgraph=True), x), expected)
+    parts = [lambda *args, op=op: op.apply(op.standalone(CASE, 1, 24), *args) for op in (kv_update, op)]
+    dim = torch.export.Dim("T", max=24)
+    for made in (ops, parts):
+        example = x[:, :, :3].contiguous(), torch.arange(3).repeat(2, 1)
+        exported = torch.export.export(
+            Attention(form, *made), example, dynamic_shapes=({2: dim}, {1: dim}), strict=False
+        )
+        assert any("aograph" in str(node.target) for node in exported.graph.nodes) == (made is ops)
+        torch.testing.assert_close(steps(exported.module(), x), expected)
+
+
+CASE = CacheCase("cpu", torch.float32, None, 32, 32)
