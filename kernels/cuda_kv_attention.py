@@ -16,7 +16,7 @@ from .kv_cache import CacheCase, KVFormat
 from .op import Case, need
 
 KINDS = {"int8": 0, "fp8": 1, "int4": 2}  # as the kernel has them
-UNIT = 32  # tokens that a warp takes at a time
+UNIT, LEAST = 32, 4  # tokens that a warp takes at a time, and how often a block does, at least
 BARRIERS = 1024  # bytes of shared memory ahead of the ring
 MOST_STAGES = 8  # of a warp
 MOST_WAVES = 4  # of blocks
@@ -26,13 +26,12 @@ SUMS = 512  # registers' worth: tiles of 8 query rows times the head size
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of the kernel: elements of a head, tiles of 8 query rows, the formats, and the warps of a block."""
+    """The sizes of the kernel: elements of a head, tiles of 8 query rows, and the formats."""
 
     head: int
     tiles: int
     keys: KVFormat
     values: KVFormat
-    warps: int = 8
 
     def segments(self, form: KVFormat) -> tuple[int, int]:
         """Into how many boxes the codes of a token go, and how many bytes wide they are."""
@@ -48,9 +47,17 @@ class Sizes:
         return UNIT * (codes + scales)
 
     @property
+    def warps(self) -> int:
+        """Of a block: 16 where they have the registers, and two stages each, else 8."""
+        return 16 if self.head * self.tiles <= 128 and self._stages(16) > 1 else 8
+
+    @property
     def stages(self) -> int:
-        """As many as fit."""
-        return min((SHARED - BARRIERS - self.fragments) // (self.stage * self.warps), MOST_STAGES)
+        """Of a warp: as many as fit."""
+        return self._stages(self.warps)
+
+    def _stages(self, warps: int) -> int:
+        return min((SHARED - BARRIERS - self.fragments) // (self.stage * warps), MOST_STAGES)
 
     @property
     def fragments(self) -> int:
@@ -138,7 +145,7 @@ def attention(
     if mask is not None:
         mask = mask if mask.stride(3) == 1 and max(mask.stride()) < 1 << 31 else mask.contiguous()
         strides = tuple(mask.stride(i) if mask.shape[i] > 1 else 0 for i in range(3))
-    blocks = blocks_of(pairs, S, sizes.warps, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    blocks = blocks_of(pairs, S, torch.cuda.get_device_properties(q.device).multi_processor_count)
     sums = tops = None
     if blocks > 1:
         sums = q.new_empty(pairs, blocks, rows, D, dtype=torch.float32)
@@ -164,10 +171,10 @@ def attention(
 
 
 @lru_cache(maxsize=4096)
-def blocks_of(pairs: int, S: int, warps: int, multiprocessors: int) -> int:
+def blocks_of(pairs: int, S: int, multiprocessors: int) -> int:
     """Blocks for each pair of a row and a KV head: those with which the multiprocessors, one block each at a time, are
     least idle while a full cache is read; fewer waves where that is much the same."""
-    most = max(min(multiprocessors * MOST_WAVES // pairs, -(-S // (UNIT * warps))), 1)
+    most = max(min(multiprocessors * MOST_WAVES // pairs, -(-S // (UNIT * LEAST))), 1)
 
     def time(blocks: int) -> float:
         waves = -(-pairs * blocks // multiprocessors)

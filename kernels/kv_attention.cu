@@ -24,6 +24,7 @@ extern __shared__ __align__(1024) u8 shared[];
 #define FP8 1
 #define INT4 2
 #define UNIT 32 // tokens
+#define LEAST 4 // units of a block that works, but the last
 #define BARRIERS 1024 // bytes, ahead of the ring
 #define FRAGMENTS (HEAD / 16 * TILES * 256) // bytes, of q, behind the ring
 #define RINGS (WARPS * STAGES)
@@ -110,7 +111,7 @@ struct Part {
 __device__ __forceinline__ Part part_of(int low, int high, int block, int blocks) {
   low = low / UNIT * UNIT;
   const int units = max(high - low + UNIT - 1, 0) / UNIT;
-  const int share = max((units + blocks - 1) / blocks, blocks > 1 ? WARPS : 1) * UNIT;
+  const int share = max((units + blocks - 1) / blocks, LEAST) * UNIT;
   const int begin = low + block * share;
   return {begin, min(begin + share, high), (units * UNIT + share - 1) / share};
 }

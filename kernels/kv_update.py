@@ -8,6 +8,7 @@ error, and nothing is written; on a GPU it stops the device, as indexing does.
 import torch
 from torch import Tensor
 
+from . import cuda_kv_update
 from .kv_cache import CODES, FLOATS, CacheCase, CacheOp, KVFormat
 from .op import capability
 
@@ -54,3 +55,11 @@ def _(codes, scales, new, positions):
         if packed.dtype.itemsize == 1:  # there is no index_put_ of float8
             cache, packed = cache.view(torch.uint8), packed.view(torch.uint8)
         cache.index_put_((rows, heads, positions[:, None]), packed)
+
+
+@kv_update.implementation("cuda", supports=cuda_kv_update.supports)
+def _(codes, scales, new, positions):
+    if codes.is_contiguous() and scales.is_contiguous():
+        cuda_kv_update.update(codes, scales, new, positions, kv_update.format_of(codes, scales))
+    else:
+        kv_update.oracle.function(codes, scales, new, positions)
