@@ -19,7 +19,7 @@ KINDS = {"int8": 0, "fp8": 1, "int4": 2}  # as the kernel has them
 UNIT, LEAST = 32, 4  # tokens that a warp takes at a time, and how often a block does, at least
 BARRIERS = 1024  # bytes of shared memory ahead of the ring
 MOST_STAGES = 8  # of a warp
-MOST_WAVES = 4  # of blocks
+MOST_WAVES = 8  # of blocks
 TOKENS = 32  # new ones that a warp knows the positions of
 SUMS = 512  # registers' worth: tiles of 8 query rows times the head size
 
@@ -48,8 +48,9 @@ class Sizes:
 
     @property
     def warps(self) -> int:
-        """Of a block: 16 where they have the registers, and two stages each, else 8."""
-        return 16 if self.head * self.tiles <= 128 and self._stages(16) > 1 else 8
+        """Of a block: as many as have the registers, and two stages each."""
+        most = 16 if self.head * self.tiles <= 128 else 8
+        return next(warps for warps in (16, 8, 4) if warps <= most and self._stages(warps) > 1)
 
     @property
     def stages(self) -> int:

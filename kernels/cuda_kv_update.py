@@ -44,7 +44,11 @@ def update(codes: Tensor, scales: Tensor, new: Tensor, positions: Tensor, form: 
         store((-(-B * H * T // WARPS), 1, 1), WARPS * 32, arguments)
 
 
+def defines(form: KVFormat, D: int, dtype: torch.dtype) -> dict[str, int]:
+    group = form.group_size or D
+    return {"KIND": KINDS[form.name], "INPUT": INPUTS[dtype], "HEAD": D, "GROUP": group, "WARPS": WARPS}
+
+
 @cache
 def _kernel(form: KVFormat, D: int, dtype: torch.dtype, device: torch.device):
-    defines = {"KIND": KINDS[form.name], "INPUT": INPUTS[dtype], "HEAD": D, "GROUP": form.group_size or D}
-    return cuda.kernel("kv_update.cu", "kv_store", device, **defines, WARPS=WARPS)
+    return cuda.kernel("kv_update.cu", "kv_store", device, **defines(form, D, dtype))
