@@ -11,8 +11,8 @@
 // bf16(code * scale + minimum). Both products are of bf16, with fp32 sums, where q is fp16 too.
 //
 // Defines: FP16 (q and y are fp16, else bf16), HEAD (a multiple of 16, for int4 of 32), KEYS and VALUES (0: int8,
-// 1: e4m3, 2: int4), GROUP (d that share a scale of int4: 32 or a multiple), TILES (of 8 rows: 1 or 2), WARPS,
-// STAGES (of a warp's ring), MASK (0: none, 1: bool, 2: as q, 3: fp32).
+// 1: e4m3, 2: int4), GROUP (d that share a scale of int4: 32 or a multiple), TILES (of 8 rows), WARPS, STAGES
+// (of a warp's ring), MASK (0: none, 1: bool, 2: as q, 3: fp32).
 // Boxes: 32 tokens of SEGMENT bytes, swizzled by as many.
 
 #define HALF 0
@@ -26,12 +26,12 @@ extern __shared__ __align__(1024) u8 shared[];
 #define UNIT 32 // tokens
 #define LEAST 4 // units of a block that works, but the last
 #define BARRIERS 1024 // bytes, ahead of the ring
-#define FRAGMENTS (HEAD / 16 * TILES * 256) // bytes, of q, behind the ring
 #define RINGS (WARPS * STAGES)
 #define THREADS (WARPS * 32)
 #define ROWS (TILES * 8)
 #define PITCH (HEAD + 4) // of sums in shared memory, against bank conflicts
 #define LOG2E 1.4426950408889634f
+#define UNIT_4 0x1p43f // of what int4 becomes
 #define NOTHING (-1e30f) // the largest score where there is none
 
 template <int KIND>
@@ -43,7 +43,7 @@ struct Format {
   static constexpr int GROUPS = KIND == INT4 ? HEAD / GROUP : 1; // scales of a token, 4 bytes each
   static constexpr int CODES = SEGMENTS * SEGMENT * UNIT;        // bytes of a unit
   static constexpr int SCALES = UNIT * GROUPS * 4;
-  static constexpr float FACTOR = KIND == INT4 ? INT4_UNIT : 1; // of what is lacking from the products
+  static constexpr float FACTOR = KIND == INT4 ? UNIT_4 : 1; // of what is lacking from the products
 };
 typedef Format<KEYS> Keys;
 typedef Format<VALUES> Values;
@@ -61,7 +61,7 @@ __device__ __forceinline__ u32 to_bf16(float low, float high) {
 }
 __device__ __forceinline__ u32 transpose(u32 v) {
   u32 d;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
   return d;
 }
 __device__ __forceinline__ float from_half(u16 v) {
@@ -97,11 +97,17 @@ __device__ __forceinline__ u32 from_8(u32 v, int odd) {
   const u32 high = odd ? v : v << 8;
   return multiply2(mask_or(high >> 4, 0x07F007F0u, high & 0x80008000u), 0x7B807B80u); // 2^120
 }
-// (code * scale + minimum) / INT4_UNIT of the codes in bits 0-3 and 16-19, or `high`: 4-7 and 20-23. Bits as they are,
-// below 256, are so many times 2^-133.
-__device__ __forceinline__ u32 from_4(u32 v, int high, u32 scale, u32 minimum) {
-  const u32 code = v & (high ? 0x00F000F0u : 0x000F000Fu);
-  return multiply_add2(multiply2(code, high ? 0x79807980u : 0x7B807B80u), scale, minimum); // 2^116, 2^120
+// Bits 0-3 or 4-7 as a bf16 number are a code times 2^-133 or 2^-129: a scale of both halves of a register, below 2^38,
+// that takes this back, and a minimum, both over UNIT_4.
+struct Scales {
+  u32 low, high, minimum;
+};
+__device__ __forceinline__ Scales scales_of(u32 scale, u32 minimum) {
+  return {multiply2(scale, 0x6C806C80u), multiply2(scale, 0x6A806A80u), multiply2(minimum, 0x2A002A00u)};
+}
+// (code * scale + minimum) / UNIT_4 of the codes in bits 0-3 and 16-19, or `high`: 4-7 and 20-23
+__device__ __forceinline__ u32 from_4(u32 v, int high, const Scales& by) {
+  return multiply_add2(v & (high ? 0x00F000F0u : 0x000F000Fu), high ? by.high : by.low, by.minimum);
 }
 
 // What a row of the batch sees, and what a block of it works on, in tokens.
@@ -141,14 +147,12 @@ __device__ __forceinline__ void scores_of(float (*s)[4], u32 codes, const u32* s
       if (KIND == INT4) {
         const u32* pairs = scales + g * F::GROUPS + (c + k) * 32 / GROUP;
         const u32 of_low = pairs[0], of_high = pairs[8 * F::GROUPS];
-        const u32 scale[2] = {permute(of_low, 0, 0x1010), permute(of_high, 0, 0x1010)};
-        const u32 minimum[2] = {multiply2(permute(of_low, 0, 0x3232), 0x39003900u), // / INT4_UNIT
-                                multiply2(permute(of_high, 0, 0x3232), 0x39003900u)};
+        const Scales by_low = scales_of(permute(of_low, 0, 0x1010), permute(of_low, 0, 0x3232));
+        const Scales by_high = scales_of(permute(of_high, 0, 0x1010), permute(of_high, 0, 0x3232));
 #pragma unroll
         for (int j = 0; j < 2; j++) { // d: 8 t + 2 j and 4 more, 8 t + 2 j + 1 and 4 more
           const u32 l = low >> 8 * j, h = high >> 8 * j;
-          const u32 a[4] = {from_4(l, 0, scale[0], minimum[0]), from_4(h, 0, scale[1], minimum[1]),
-                            from_4(l, 1, scale[0], minimum[0]), from_4(h, 1, scale[1], minimum[1])};
+          const u32 a[4] = {from_4(l, 0, by_low), from_4(h, 0, by_high), from_4(l, 1, by_low), from_4(h, 1, by_high)};
 #pragma unroll
           for (int m = 0; m < TILES; m++) {
             const uint2 b = q[(((c + k) * 2 + j) * TILES + m) * 32 + lane];
@@ -201,18 +205,16 @@ __device__ __forceinline__ void add_values(float (*y)[TILES][4], u32 codes, cons
       const u32 low = v[2 * k], high = v[2 * k + 1]; // tokens 2 t and 2 t + 1, 2 t + 8 and 2 t + 9
       if (KIND == INT4) {
         const u32* pairs = scales + 2 * t * F::GROUPS + (c + k) * 32 / GROUP;
-        u32 scale[2], minimum[2];
+        Scales by[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const u32 even = pairs[8 * h * F::GROUPS], odd = pairs[(8 * h + 1) * F::GROUPS];
-          scale[h] = permute(even, odd, 0x5410);
-          minimum[h] = multiply2(permute(even, odd, 0x7632), 0x39003900u); // / INT4_UNIT
+          by[h] = scales_of(permute(even, odd, 0x5410), permute(even, odd, 0x7632));
         }
 #pragma unroll
         for (int j = 0; j < 2; j++) {
           const u32 l = low >> 8 * j, h = high >> 8 * j;
-          const u32 a[4] = {from_4(l, 0, scale[0], minimum[0]), from_4(l, 1, scale[0], minimum[0]),
-                            from_4(h, 0, scale[1], minimum[1]), from_4(h, 1, scale[1], minimum[1])};
+          const u32 a[4] = {from_4(l, 0, by[0]), from_4(l, 1, by[0]), from_4(h, 0, by[1]), from_4(h, 1, by[1])};
 #pragma unroll
           for (int m = 0; m < TILES; m++) multiply_add(y[(c + k) * 2 + j][m], a, p[m][0], p[m][1]);
         }
@@ -368,7 +370,8 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
         const float by = VALUES == INT4 ? 1 : __uint_as_float(pairs[g + 8 * h]);
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
-          const float even = exp2_fast(s[half][m][2 * h] - top[m][0]), odd = exp2_fast(s[half][m][2 * h + 1] - top[m][1]);
+          const float* of = s[half][m] + 2 * h;
+          const float even = exp2_fast(of[0] - top[m][0]), odd = exp2_fast(of[1] - top[m][1]);
           sum[m][0] += even, sum[m][1] += odd;
           p[m][h] = transpose(to_bf16(even * by, odd * by));
         }
