@@ -76,9 +76,9 @@ class KVFormat:
             return codes.flatten(-2), scales.squeeze(-1)
         wide = grouped.float()
         low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
-        minimum = low.to(torch.bfloat16).float()
+        minimum = _as_bf16(low)
         scale = (high / LARGEST - minimum / LARGEST).clamp_min(TINY)  # each divided first: fp32 may span too much
-        scale = torch.where(scale.isfinite(), scale, torch.nan).to(torch.bfloat16).float()
+        scale = _as_bf16(torch.where(scale.isfinite(), scale, torch.nan))
         codes = ((wide - minimum) / scale).nan_to_num(0).round().clamp(0, LARGEST).to(torch.uint8)
         scales = torch.cat([scale, minimum], -1).to(torch.bfloat16)
         return codes[..., ::2].flatten(-2) | codes[..., 1::2].flatten(-2) << 4, scales
@@ -88,7 +88,7 @@ class KVFormat:
         if not self.asymmetric:
             values = widen(codes, dtype).unflatten(-1, (scales.shape[-1], -1))
             return values.mul_(scales[..., None]).flatten(-2)
-        pairs = codes.to(torch.int16)
+        pairs = codes.to(torch.int16, memory_format=torch.contiguous_format)
         halves = (pairs | pairs << 4).bitwise_and_(0x0F0F).view(torch.int8)  # the low byte comes first
         scale, minimum = scales.to(dtype)[..., None].unbind(-2)
         return halves.to(dtype).unflatten(-1, (scales.shape[-2], -1)).mul_(scale).add_(minimum).flatten(-2)
@@ -97,6 +97,12 @@ class KVFormat:
 INT8 = KVFormat("int8", 8)
 FP8 = KVFormat("fp8", 8)
 INT4 = KVFormat("int4", 4, 32)
+
+
+def _as_bf16(x: Tensor) -> Tensor:
+    """fp32 rounded to what bf16 holds, by bits: compilers leave out a cast there and back. NaN may become a number."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & ~0xFFFF).view(torch.float32)
 
 
 @dataclass(frozen=True)
