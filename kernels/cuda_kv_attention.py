@@ -20,8 +20,8 @@ UNIT, LEAST = 32, 4  # tokens that a warp takes at a time, and how often a block
 BARRIERS = 1024  # bytes of shared memory ahead of the ring
 MOST_STAGES = 8  # of a warp
 MOST_WAVES = 8  # of blocks
-TOKENS = 32  # new ones that a warp knows the positions of
-SUMS = 512  # registers' worth: tiles of 8 query rows times the head size
+ROWS = 32  # query rows of a KV head, of the tokens of which each lane of a warp knows a position;
+SUMS = 512  # and tiles of 8 rows times the head size, for which there are registers
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def supports(case: Case) -> bool | str:
     assert isinstance(case, CacheCase)
     forms = case.keys, case.values
     groups = {form.group_size for form in forms if form.asymmetric}
+    rows = (case.M or 0) * case.queries
     here = need(
         (case.device == "cuda", "runs on CUDA only"),
         (case.capability in CAPABILITIES, "is written for compute capability 9.0"),
@@ -107,10 +108,7 @@ def supports(case: Case) -> bool | str:
         (case.length % 4 == 0, "S is not a multiple of 4"),
         (case.rows * case.heads * case.length < 1 << 31, "the cache has more than 2³¹ tokens and heads"),
         (case.mask in (None, torch.bool, torch.float32, case.dtype), "the mask is of another dtype than q"),
-        (
-            (case.M or 0) <= TOKENS and -(-(case.M or 0) * case.queries // 8) * case.K <= SUMS,
-            "is for few query rows: tokens times query heads of a KV head",
-        ),
+        (rows <= ROWS and -(-rows // 8) * case.K <= SUMS, f"takes few query rows of a KV head only, not {rows}"),
     )
     return cuda.available(case.capability) if here is True else here
 

@@ -2,17 +2,17 @@
 //
 // Query heads that share a KV head, and the new tokens of each, are the rows of one small matrix, so that the cache is
 // read once. What a row of the batch sees is divided evenly among its blocks, on the device, from positions: a block
-// beyond it ends at once. Each warp works on units of 32 tokens of its own, which one of its threads brings to its ring in
-// shared memory; no warp waits for another: warps, then blocks, meet at the end, in a fixed order.
+// beyond it ends at once. Each warp works on units of 32 tokens of its own, which one of its threads brings to its ring
+// in shared memory; no warp waits for another: warps, then blocks, meet at the end, in a fixed order.
 //
-// Both products have codes as the left operand of mma.m16n8k16, so that few rows fill its short side: scores = K · qᵀ, 16
-// tokens at a time, and yᵀ = Vᵀ · pᵀ, 16 of a head's dimensions at a time, where ldmatrix transposes codes in pairs. Codes
-// of 8 bits are exact in bf16: the scale of a key meets its score, that of a value its probability. int4 becomes
+// Both products have codes as the left operand of mma.m16n8k16, so that few rows fill its short side: scores = K · qᵀ,
+// 16 tokens at a time, and yᵀ = Vᵀ · pᵀ, 16 of a head's dimensions at a time, where ldmatrix transposes codes in pairs.
+// Codes of 8 bits are exact in bf16: the scale of a key meets its score, that of a value its probability. int4 becomes
 // bf16(code * scale + minimum). Both products are of bf16, with fp32 sums, where q is fp16 too.
 //
-// Defines: FP16 (q and y are fp16, else bf16), HEAD (a multiple of 16, for int4 of 32), KEYS and VALUES (0: int8,
-// 1: e4m3, 2: int4), GROUP (d that share a scale of int4: 32 or a multiple), TILES (of 8 rows), WARPS, STAGES
-// (of a warp's ring), MASK (0: none, 1: bool, 2: as q, 3: fp32).
+// Defines: FP16 (q and y are fp16, else bf16), HEAD (a multiple of 16, for int4 of 32), KEYS and VALUES (0: int8, 1:
+// e4m3, 2: int4), GROUP (d that share a scale of int4: 32 or a multiple), TILES (of 8 rows), WARPS, STAGES (of a warp's
+// ring), MASK (0: none, 1: bool, 2: as q, 3: fp32).
 // Boxes: 32 tokens of SEGMENT bytes, swizzled by as many.
 
 #define HALF 0
@@ -188,8 +188,8 @@ __device__ __forceinline__ void keep_q(uint2* fragments, const u16* q, int rows)
   }
 }
 
-// yᵀ += Vᵀ · pᵀ of 16 tokens. y[i] holds, where values are of 8 bits, d = 16 i + 2 g of rows 2 t and 2 t + 1, and behind it
-// d + 1; where they are int4, d = 32 (i / 2) + 4 g + 2 (i % 2), and d + 1.
+// yᵀ += Vᵀ · pᵀ of 16 tokens. y[i] holds, where values are of 8 bits, d = 16 i + 2 g of rows 2 t and 2 t + 1, and
+// behind it d + 1; where they are int4, d = 32 (i / 2) + 4 g + 2 (i % 2), and d + 1.
 template <int KIND>
 __device__ __forceinline__ void add_values(float (*y)[TILES][4], u32 codes, const u32* scales, const u32 (*p)[2]) {
   typedef Format<KIND> F;
@@ -227,10 +227,11 @@ __device__ __forceinline__ void add_values(float (*y)[TILES][4], u32 codes, cons
   }
 }
 
-// q [B, H, rows, HEAD], rows = G T, of which row r is token r % T; caches [B, H, S, HEAD], their scales [B, H, S, GROUPS],
-// 4 bytes each; positions [B, T]; start [B] or null; mask by its strides -> y as q, where a row of the batch has one block;
-// else sums [B H, blocks, rows, HEAD] and, of each, tops [B H, blocks, rows]: the largest score, in powers of 2, and the sum
-// of probabilities, for `kv_combine`. S % 4 = 0. Scores are (q · k) * scale, or cap * tanh of it where cap > 0.
+// q [B, H, rows, HEAD], rows = G T, of which row r is token r % T; caches [B, H, S, HEAD], their scales [B, H, S,
+// GROUPS], 4 bytes each; positions [B, T]; start [B] or null; mask by its strides -> y as q, where a row of the batch
+// has one block; else sums [B H, blocks, rows, HEAD] and, of each, tops [B H, blocks, rows]: the largest score, in
+// powers of 2, and the sum of probabilities, for `kv_combine`. S % 4 = 0. Scores are (q · k) * scale, or cap * tanh of
+// it where cap > 0.
 // Grid: blocks B H.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, const __grid_constant__ Matrix v,
@@ -433,8 +434,8 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
 
 // sums and tops of `kv_attend`, for the same positions -> y. Grid: B H rows; shared: 4 bytes for each block.
 extern "C" __global__ void __launch_bounds__(256)
-kv_combine(const float* sums, const float2* tops, const long long* positions, const long long* start, u16* y, int window,
-           int blocks, int H, int rows, int T, int S) {
+kv_combine(const float* sums, const float2* tops, const long long* positions, const long long* start, u16* y,
+           int window, int blocks, int H, int rows, int T, int S) {
   const int head = blockIdx.x / rows, row = blockIdx.x % rows, lane = threadIdx.x % 32, b = head / H;
   __shared__ float of_warps[16];
   __shared__ float4 parts[256];

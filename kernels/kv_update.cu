@@ -1,4 +1,4 @@
-// New keys or values into a packed cache (kv_cache.py): a warp quantizes a head of a token, in registers, and stores it.
+// New keys or values into a packed cache (kv_cache.py): a warp quantizes a head of a token and stores it.
 //
 // Defines: INPUT (0: bf16, 1: fp16, 2: fp32), KIND (0: int8, 1: e4m3, 2: int4), HEAD (a multiple of 16), GROUP (d that
 // share a scale: all of HEAD, or 32 or 64), WARPS.
@@ -14,7 +14,8 @@ typedef unsigned int u32;
 #define LARGEST (KIND == 0 ? 127.f : 448.f)
 #define TINY 1.17549435e-38f
 
-extern "C" __device__ void __assertfail(const char* what, const char* file, u32 line, const char* function, size_t size);
+extern "C" __device__ void __assertfail(const char* what, const char* file, u32 line, const char* function,
+                                       size_t size);
 
 __device__ __forceinline__ float2 load(const void* p) {
 #if INPUT == 2
@@ -40,8 +41,8 @@ __device__ __forceinline__ float from_bf16(u16 v) { return __uint_as_float((u32)
 __device__ __forceinline__ bool finite(float f) { return fabsf(f) <= 3.402823466e+38f; }
 __device__ __forceinline__ int code(float f, int least, int most) { return min(max(__float2int_rn(f), least), most); }
 
-// input [B, H, T, HEAD] by its strides; positions [B, T] by the stride of B, within a cache [B, H, S, HEAD] -> its codes
-// and scales. Grid: enough warps for B H T.
+// input [B, H, T, HEAD] by its strides; positions [B, T] by the stride of B -> codes and scales of a cache
+// [B, H, S, HEAD]; codes whose scale is NaN are 0. Grid: enough warps for B H T.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 kv_store(const u8* input, const long long* positions, u8* codes, u8* scales, int heads, int H, int T, int S,
           int row_stride, int head_stride, int token_stride, int position_stride) {
@@ -112,6 +113,7 @@ kv_store(const u8* input, const long long* positions, u8* codes, u8* scales, int
         both = (u8)code(x[j].x * inverse, -127, 127) | (u8)code(x[j].y * inverse, -127, 127) << 8;
 #else
         asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(x[j].y * inverse), "f"(x[j].x * inverse));
+        if (!finite(largest)) both = 0;
 #endif
         ((u16*)codes)[to * PAIRS + j * 32 + lane] = both;
       }
