@@ -18,6 +18,9 @@ from .pretrained import LoadingReport, load_pretrained
 from .recipe import Recipe, Rule
 from .report import Report, Row
 from .schemes import (
+    KV4,
+    KV8,
+    KVFP8,
     Float8Dynamic,
     Float8DynamicSparse24,
     Float8WeightOnly,
@@ -36,7 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "optimize", "load_pretrained", "explain", "calibrate", "refresh", "load", "OptimizedModule", "Artifact",
     "LoadingReport", "LinearStatistics", "Recipe", "Rule", "Scheme", "Float8Dynamic", "Float8DynamicSparse24",
-    "Float8WeightOnly", "Int4WeightOnly", "Int8Dynamic", "Int8DynamicSparse24", "Int8WeightOnly", "Keep", "Sparse24",
-    "Report", "Row", "AographError", "ArtifactError", "CaptureError", "CompileError", "InputError", "PassError",
-    "RecipeError", "WeightError",
+    "Float8WeightOnly", "Int4WeightOnly", "Int8Dynamic", "Int8DynamicSparse24", "Int8WeightOnly", "KV8", "KV4",
+    "KVFP8", "Keep", "Sparse24", "Report", "Row", "AographError", "ArtifactError", "CaptureError", "CompileError",
+    "InputError", "PassError", "RecipeError", "WeightError",
 ]  # fmt: skip

@@ -31,7 +31,7 @@ from torch import Tensor
 from .errors import ArtifactError, InputError
 
 ROOT = "archive"
-FORMAT = 1  # raised when what is in the file, or what is said about it, changes
+FORMAT = 2  # raised when what is in the file, or what is said about it, changes
 INDEX, ABOUT, TOKENIZER, CODE = "extra/weights.tsv", "extra/aograph.json", "extra/tokenizer/", "data/aotinductor/"
 ALIGNMENT = 64  # bytes
 MARKS = {"archive_format": b"pt2", "archive_version": b"0", "byteorder": b"little", "version": b"3\n"}

@@ -16,15 +16,15 @@ from tabulate import tabulate
 from torch import Tensor
 
 from . import environment, repacking
-from .archive import ABOUT, CODE, DTYPES, FORMAT, TOKENIZER, Archive
+from .archive import ABOUT, CODE, FORMAT, TOKENIZER, Archive
 from .capture import flatten
 from .decoding import CacheShape, Sampling, first_line, generate, prompts_of
 from .errors import ArtifactError, InputError
 from .kernels.op import OPS
 from .report import megabytes
-from .signature import Signature, outline, tree
+from .signature import ALIGNMENT, Signature, outline, tree
 
-CACHE = re.compile(r"(key|value)_\d+$")  # inputs of prefill and decode
+CACHE = re.compile(r"(key|value)_\d+(_codes|_scales)?$")  # inputs of prefill and decode
 RUNNERS = 4  # calls of one graph that may be under way on a GPU at a time
 
 
@@ -149,9 +149,12 @@ class Artifact:
         return self.about["generation"]
 
     def new_cache(self, rows: int | None = None) -> list[Tensor]:
-        """An empty cache [key_0, value_0, key_1, …], each [rows, H, max_length, D]; by default batch_size rows."""
+        """An empty cache [key_0, value_0, key_1, …], each [rows, H, max_length, D]; by default batch_size rows.
+
+        Where the recipe packs it, the codes and the scales of each come in its place.
+        """
         rows = self.generation["batch_size"] if rows is None else rows
-        shapes = [CacheShape(**{**each, "dtype": DTYPES[each["dtype"]]}) for each in self.generation["cache"]]
+        shapes = map(CacheShape.of, self.generation["cache"])
         return [t for shape in shapes for t in shape.empty(rows, self.generation["max_length"], self.device)]
 
     def prefill(
@@ -179,7 +182,12 @@ class Artifact:
         if input_ids.shape == positions.shape == (1, 1):  # the graph takes two or more: the token twice, in one place
             input_ids, positions = input_ids.expand(1, 2), positions.expand(1, 2)
         self._check_positions(positions)
-        (logits,) = self.graphs["prefill"].flat([input_ids, positions, *(t[row : row + 1] for t in cache)])
+        rows = [tensor[row : row + 1] for tensor in cache]
+        aligned = [part.clone() if part.data_ptr() % ALIGNMENT else part for part in rows]  # rows of few scales are not
+        (logits,) = self.graphs["prefill"].flat([input_ids, positions, *aligned])
+        for part, written in zip(rows, aligned, strict=True):
+            if written is not part:
+                part.copy_(written)
         return logits
 
     def _decode(self, tokens: Tensor, positions: Tensor, cache: Sequence[Tensor]) -> Tensor:
@@ -346,6 +354,8 @@ def summary(about: Mapping[str, Any]) -> str:
         *([part, megabytes(size)] for part, size in about["bytes"].items()),
         ["recipe", f"sha256 {about['recipe_sha256'][:16]}…\n{about['recipe'].strip()}"],
     ]
+    if about["generation"]:
+        rows.append(["cache", cache_of(about["generation"])])
     for name, each in about["graphs"].items():
         signature = Signature.of({key: each[key] for key in Signature.__dataclass_fields__})
         rows.append([f"graph {name}", ""])
@@ -360,6 +370,18 @@ def summary(about: Mapping[str, Any]) -> str:
         rows += [["", f"not checked at a call: {text}"] for text in each["unread"]]
     rows += [["note", note] for note in about["notes"]]
     return tabulate(rows, tablefmt="plain", maxcolwidths=[None, 100])
+
+
+def cache_of(generation: Mapping[str, Any]) -> str:
+    """What holds the keys and values of a language model, for a reader."""
+    shapes = list(map(CacheShape.of, generation["cache"]))
+    forms = dict.fromkeys(
+        form.name if form else str(s.dtype).removeprefix("torch.") for s in shapes for _, form in s.parts
+    )
+    rows, length, each = generation["batch_size"], generation["max_length"], sum(s.token_bytes for s in shapes)
+    return (
+        f"{' and '.join(forms)}: {each} bytes a token, {megabytes(rows * length * each)} for {rows} × {length} tokens"
+    )
 
 
 def open_archive(path: Path) -> tuple[Archive, dict[str, Any]]:

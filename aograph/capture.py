@@ -112,6 +112,7 @@ def capture(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any = N
     """
     huggingface.register_pytrees()
     model = with_named_keywords(model, kwargs)
+    args, kwargs = told_apart(args, kwargs)
     automatic = ShapesCollection()
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and leaf.ndim:
@@ -134,6 +135,19 @@ def capture(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any = N
     ranges = {s: as_bound(r) for s, r in exported.range_constraints.items()}
     program = program_of(graph_module, state, names_of(model), ranges)
     return Capture(program, in_spec, out_spec, guards)
+
+
+def told_apart(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments, a tensor that is there twice as a view of itself: torch.export would make one input of both."""
+    seen = set()
+
+    def once(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or id(leaf) not in seen:
+            seen.add(id(leaf))
+            return leaf
+        return leaf.detach()
+
+    return pytree.tree_map(once, (args, kwargs))
 
 
 def with_named_keywords(model: nn.Module, kwargs: dict) -> nn.Module:
@@ -299,6 +313,11 @@ def origin(node: Node) -> tuple[str, str]:
 
 
 # --- models, calls and devices -----------------------------------------------------------------------------
+
+
+def handed_over(model: nn.Module) -> bool:
+    """Whether some of a model's tensors are on meta, as is what was handed over and packed."""
+    return any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
 def on_meta(model: nn.Module) -> nn.Module:

@@ -239,8 +239,8 @@ def run_env(options: argparse.Namespace) -> None:
 
 def run_reproduce(options: argparse.Namespace) -> None:
     """Run the passes again on the graph of a reproducer folder."""
-    model, inputs, shapes, recipe, disable = reproducer.load(options.folder)
-    _, report = rewrite(model, recipe, inputs, {}, shapes, torch.device("meta"), disable=disable)
+    model, inputs, shapes, recipe, how = reproducer.load(options.folder)
+    _, report = rewrite(model, recipe, inputs, {}, shapes, torch.device("meta"), **how)
     print(report.passes())
     print(report.summary())
 

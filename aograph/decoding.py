@@ -1,25 +1,29 @@
 """Decoding with a static cache: the step of a language model as a graph takes it, and the loop around it.
 
 A step computes T tokens of B rows, each row at positions of its own, so that rows may be at different places of
-different texts. Its inputs are tensors alone: `input_ids` and `positions` [B, T] int64, then for each layer `key` and
-`value` [B, H, S, D], the cache, which it writes in place: the keys and values of a token go to index `position` of its
-row, and nothing else changes. A token sees what is at its own position and before. The output is `logits` [B, V], in
-fp32 or the model's dtype, of the last of the T tokens.
+different texts. Its inputs are tensors alone: `input_ids` and `positions` [B, T] int64, then for each layer i `key_i`
+and `value_i` [B, H, S, D], the cache, which it writes in place: the keys and values of a token go to index `position`
+of its row, and nothing else changes. A token sees what is at its own position and before. The output is `logits`
+[B, V], in fp32 or the model's dtype, of the last of the T tokens. Under a recipe with a rule for caches a graph takes
+codes and scales (`kernels/kv_cache.py`) in the place of each cache that the rule packs.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .archive import DTYPES
 from .capture import eval_mode
 from .errors import InputError
+from .kernels.kv_cache import KVFormat
 
 LAYERS = ("full_attention", "sliding_attention")  # kinds whose state is the keys and values of tokens
 DEFAULT_LENGTH = 2048  # tokens
@@ -32,16 +36,41 @@ class NoSteps(Exception):
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The cache of one layer: its key and value are [rows, heads, length, key_size or value_size] in `dtype`."""
+    """The cache of one layer: its key and value are [rows, heads, length, key_size or value_size] in `dtype`, or what
+    `key_format` or `value_format` packs that into."""
 
     heads: int
     key_size: int
     value_size: int
     dtype: torch.dtype
+    key_format: KVFormat | None = None
+    value_format: KVFormat | None = None
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> CacheShape:
+        """From what `as_data` gives."""
+        formats = {name: data[name] and KVFormat(**data[name]) for name in ("key_format", "value_format")}
+        return cls(**{**data, **formats, "dtype": DTYPES[data["dtype"]]})
+
+    def as_data(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @property
+    def parts(self) -> list[tuple[int, KVFormat | None]]:
+        return [(self.key_size, self.key_format), (self.value_size, self.value_format)]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of one row."""
+        sizes = (form.token_bytes(D) if form else D * self.dtype.itemsize for D, form in self.parts)
+        return self.heads * sum(sizes)
 
     def empty(self, rows: int, length: int, device: torch.device) -> list[Tensor]:
-        sizes = (self.key_size, self.value_size)
-        return [torch.zeros(rows, self.heads, length, size, dtype=self.dtype, device=device) for size in sizes]
+        found: list[Tensor] = []
+        for D, form in self.parts:
+            sizes = rows, self.heads, length, D
+            found += form.empty(*sizes, device) if form else [torch.zeros(sizes, dtype=self.dtype, device=device)]
+        return found
 
 
 class StaticRows:
@@ -75,13 +104,16 @@ class Recorder(StaticRows):
         return keys, values
 
 
-def step_of(model: nn.Module, length: int) -> nn.Module:
+def step_of(model: nn.Module, layers: int, length: int) -> nn.Module:
     """A module that shares everything with `model`, names included, and computes a step with a cache of `length`."""
 
     def forward(input_ids: Tensor, positions: Tensor, *cache: Tensor) -> Tensor:
-        layers = list(zip(cache[::2], cache[1::2], strict=True))
-        return run(model, input_ids, positions, StaticRows(layers, positions), length)
+        pairs = list(zip(cache[::2], cache[1::2], strict=True))
+        return run(model, input_ids, positions, StaticRows(pairs, positions), length)
 
+    names = ["input_ids", "positions", *(f"{kind}_{layer}" for layer in range(layers) for kind in ("key", "value"))]
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     step = copy.copy(model)
     step.forward = forward
     return step
@@ -142,7 +174,7 @@ def check_step(model: nn.Module, shapes: Sequence[CacheShape], device: torch.dev
     ids = torch.arange(1, 7, device=device)[None]
     positions = ids - 1
     cache = [tensor for shape in shapes for tensor in shape.empty(1, 8, device)]
-    step = step_of(model, 8)
+    step = step_of(model, len(shapes), 8)
     expected = model(input_ids=ids, use_cache=False).logits.float()
     for start, stop in ((0, 4), (4, 5), (5, 6)):
         logits = step.forward(ids[:, start:stop], positions[:, start:stop], *cache).float()

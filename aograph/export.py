@@ -18,16 +18,19 @@ import sympy
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
 
 from . import archive, environment, repacking
-from .capture import Capture, on_meta
+from .capture import Capture, handed_over, on_meta
 from .decoding import CacheShape, NoSteps, cache_shapes, default_length, first_line, step_of
 from .errors import CaptureError, CompileError, InputError, RecipeError
 from .inline import Inlined, inline, is_tensor
+from .kernels.kv_cache import KVFormat
+from .kernels.kv_update import kv_update
 from .kernels.op import OPS
 from .patterns.language import packet, views_of, written
 from .program import Program, expression
-from .report import Report
+from .report import EXCLUDED, REWRITTEN, Report
 from .signature import Signature, Value, evaluate, symbols_of, tree
 from .statistics import digest
 
@@ -93,10 +96,12 @@ def save(
     length = max_length or default_length(model)
     notes, generation = [], None
     try:
-        whole = on_meta(model) if any(p.is_meta for p in model.parameters()) else model  # not on several devices
+        whole = on_meta(model) if handed_over(model) else model  # not on several devices
         shapes = cache_shapes(whole, length)
         graphs |= step_graphs(optimized, whole, shapes, batch_size, length)
+        shapes = packed_shapes(shapes, {name: graphs[name].program for name in ("prefill", "decode")})
         generation = generation_of(model, shapes, batch_size, length)
+        notes += unpacked(graphs["decode"].program)
     except (NoSteps, CaptureError) as reason:
         notes.append(f"no graphs prefill and decode: {first_line(reason)}")
     with tempfile.TemporaryDirectory(prefix="aograph-") as folder:
@@ -143,6 +148,11 @@ def check_request(optimized: OptimizedModule, max_length: int | None, batch_size
         )
     if not optimized._captures:
         raise InputError("there is no graph to save yet: call the module once, or give example_inputs to optimize")
+    _, captured, _ = optimized._captures[min(optimized._captures)]
+    if state := [name for each in captured.program.packs.values() if each.state for name in each.weight.leaves]:
+        raise InputError(
+            f"an artifact cannot hold a quantized cache: save the model under a recipe without one for {state[0]}"
+        )
     for name, value, least in (("max_length", max_length, 2), ("batch_size", batch_size, 1)):
         if value is not None and (not isinstance(value, int) or value < least):
             raise InputError(f"{name} is {value!r}: give a whole number from {least} on")
@@ -154,21 +164,57 @@ def step_graphs(
     """`prefill`, T tokens of one row, and `decode`, one token of each of `rows` rows, packed by the same store."""
     from .optimize import rewrite
 
-    step = step_of(model, length)
+    step = step_of(model, len(shapes), length)
     device = next(iter(model.parameters())).device
     tokens = Dim("T", min=2, max=length)
+    private = [f"{kind}_{layer}" for layer in range(len(shapes)) for kind in ("key", "value")]
     graphs = {}
     for name, batch, count, dynamic in (("prefill", 1, min(8, length), {1: tokens}), ("decode", rows, 1, {})):
         ids = torch.zeros(batch, count, dtype=torch.int64, device=device)
         cache = [tensor for shape in shapes for tensor in shape.empty(batch, length, device)]
-        how: tuple = dynamic, dynamic, tuple({} for _ in cache)
+        how: tuple = dynamic, dynamic, *({} for _ in cache)
         args = ids, torch.zeros_like(ids), *cache
-        captured, report = rewrite(step, optimized.recipe, args, {}, how, optimized.device, disable=optimized._disable)
+        captured, report = rewrite(
+            step, optimized.recipe, args, {}, how, optimized.device, disable=optimized._disable, private=private
+        )
         optimized._store.materialize(captured.program, optimized._progress)
         captured.program.graph_module.recompile()
-        names = [f"{kind}_{layer}" for layer in range(len(shapes)) for kind in ("key", "value")]
-        graphs[name] = Graph(captured, report, ["input_ids", "positions", *names])
+        names = [str(node.target) for node in captured.program.inputs]
+        captured = dataclasses.replace(captured, in_spec=pytree.tree_structure((tuple(names), {})))  # caches are packed
+        graphs[name] = Graph(captured, report, names)
     return graphs
+
+
+def packed_shapes(shapes: Sequence[CacheShape], programs: Mapping[str, Program]) -> list[CacheShape]:
+    """The caches of layers as the programs of all steps take them.
+
+    Raises `CompileError` where one would read them in another form than the others.
+    """
+    found = {name: formats_of(program) for name, program in programs.items()}
+    (first, formats), *others = found.items()
+    for name, other in others:
+        if wrong := [cache for cache in formats.keys() | other.keys() if formats.get(cache) != other.get(cache)]:
+            raise CompileError(
+                f"{min(wrong)} is not in the same form in {first} and in {name}: leave it as it is by "
+                f"Rule(Keep(), name={min(wrong)!r}, optional=True)"
+            )
+    return [
+        dataclasses.replace(shape, key_format=formats.get(f"key_{i}"), value_format=formats.get(f"value_{i}"))
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def formats_of(program: Program) -> dict[str, KVFormat]:
+    """How a program packs caches, by their names."""
+    return {cache.row.name: cache.format for cache in program.caches if cache.format is not None}
+
+
+def unpacked(program: Program) -> list[str]:
+    """What keeps caches as they are that a rule for caches might have packed; nothing where there is no such rule."""
+    kept = [cache.row for cache in program.caches if cache.row.outcome not in (REWRITTEN, EXCLUDED)]
+    reasons = dict.fromkeys("; ".join(row.notes) for row in kept)
+    named = {reason: ", ".join(row.name for row in kept if "; ".join(row.notes) == reason) for reason in reasons}
+    return [f"caches that are not packed: {names}: {reason}" for reason, names in named.items()]
 
 
 def generation_of(model: Any, shapes: Sequence[CacheShape], rows: int, length: int) -> dict[str, Any]:
@@ -178,7 +224,8 @@ def generation_of(model: Any, shapes: Sequence[CacheShape], rows: int, length: i
     return {
         "batch_size": rows,
         "max_length": length,
-        "cache": [{**dataclasses.asdict(s), "dtype": str(s.dtype).removeprefix("torch.")} for s in shapes],
+        "cache": [shape.as_data() for shape in shapes],
+        "cache_token_bytes": sum(shape.token_bytes for shape in shapes),
         "eos_token_id": [] if ends is None else [ends] if isinstance(ends, int) else list(ends),
         "pad_token_id": settings.pad_token_id,
     }
@@ -301,6 +348,8 @@ def within(node: torch.fx.Node) -> tuple[int, int] | None:
             read: Any = user.args
             if user.target is aten.embedding.default and read[1] is current:
                 found.append((0, read[0].meta["val"].shape[0] - 1))
+            elif user.target is kv_update.overload and read[3] is current:
+                found.append((0, read[0].meta["val"].shape[2] - 1))
             elif packet(user.target) in INDEXING:
                 among = zip(read[0].meta["val"].shape, read[1], strict=False)
                 found += [(-size, size - 1) for size, index in among if index is current and isinstance(size, int)]

@@ -85,12 +85,14 @@ class OptimizedPreTrained(OptimizedModule):
 def optional_rules(recipe: Recipe, model: nn.Module) -> Recipe:
     """A recipe for graphs that have an encoder, a decoder or both, so that rules for the other have nothing to match.
 
-    Raises `RecipeError` for a rule whose name is that of no module or parameter of the whole model.
+    Raises `RecipeError` for a rule whose name is that of no module, parameter or buffer of the whole model.
     """
-    names = [name for named in (model.named_modules(), model.named_parameters()) for name, _ in named]
+    parts = model.named_modules(), model.named_parameters(), model.named_buffers()
+    names = [name for named in parts for name, _ in named]
     for rule in recipe.rules:
         if rule.name is not None and not rule.optional:
             named = Rule(rule.scheme, name=rule.name.partition("[")[0] if "re:" not in rule.name else rule.name)
-            if not any(named.matches(SimpleNamespace(name=name)) for name in names):  # type: ignore[arg-type]
+            kind = rule.scheme.kind
+            if not any(named.matches(SimpleNamespace(name=name, kind=kind)) for name in names):  # type: ignore[arg-type]
                 raise RecipeError(f"no module of the model has a name that the rule {rule} selects")
     return recipe.lenient()

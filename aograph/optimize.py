@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import export, huggingface, pipeline
-from .capture import Capture, capture, flatten, on_meta, retarget
+from .capture import Capture, capture, flatten, handed_over, on_meta, retarget
 from .cost import roofline
 from .errors import CaptureError, CompileError, InputError, RecipeError
 from .parts import in_parts
@@ -112,7 +112,7 @@ class OptimizedModule(nn.Module):
             return self.add_capture(args, kwargs)
         except CaptureError as error:
             model = self._model[0]
-            moved = self._moved or any(p.is_meta for p in model.parameters())
+            moved = self._moved or handed_over(model)
             if self.dynamic_shapes is not None or moved or not takes(model, args, kwargs):
                 raise
             self.report = self.report or Report()
@@ -272,15 +272,20 @@ def rewrite(
     disable: Collection[str] = (),
     dump: str | os.PathLike | None = None,
     passes: Sequence[Pass] = PASSES,
+    private: Collection[str] = (),
 ) -> tuple[Capture, Report]:
-    """A capture whose program the pipeline has rewritten, before any weight is touched."""
+    """A capture whose program the pipeline has rewritten, before any weight is touched.
+
+    private: names of inputs whose form passes may change.
+    """
     kwargs = dict(sorted(kwargs.items()))
     source = device_of(model)
-    if any(p.is_meta for p in model.parameters()) and source.type != "meta":  # partly handed over
+    if handed_over(model) and source.type != "meta":
         model, source = on_meta(model), torch.device("meta")
     if source != device:  # inputs come as the optimized module takes them
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(source), (args, kwargs))
     captured = capture(model, args, kwargs, dynamic_shapes)
+    captured.program.private = frozenset(private)
     if source != device and device.type != "meta":
         retarget(captured.program, source, device)
     report = pipeline.run(captured.program, recipe, disable=disable, dump=dump, passes=passes)

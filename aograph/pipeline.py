@@ -103,12 +103,15 @@ def run(
                 Path(dump).mkdir(parents=True, exist_ok=True)
                 Path(dump, f"{step:02d}_{each.name}.diff").write_text(diff + "\n")
         before = after
-    for site in program.sites:
-        for row in site.rows if site.scheme is not None else ():
-            if row.outcome != REWRITTEN:
-                row.close(SKIPPED, f"no pass carried out {site.scheme}: the one for it is disabled")
+    decided = [(site.scheme, row) for site in program.sites for row in site.rows]
+    for scheme, row in decided + [(cache.scheme, cache.row) for cache in program.caches]:
+        if scheme is not None and row.outcome != REWRITTEN:
+            row.close(SKIPPED, f"no pass carried out {scheme}: the one for it is disabled")
     report.rows = program.rows
     report.bytes_after = sum(nbytes(node.meta["val"]) for node in program.weights.values())
+    given = [cache.row for cache in program.caches if cache.node.op == "placeholder"]
+    report.bytes_before += sum(row.bytes_before for row in given)
+    report.bytes_after += sum(row.bytes_after for row in given)
     report.notes += missing_kernels(program)
     return report
 

@@ -14,8 +14,9 @@ from torch.fx import Graph, GraphModule, Node
 from .patterns.language import arguments, mutates
 
 if TYPE_CHECKING:
+    from .kernels.kv_cache import KVFormat
     from .report import Row
-    from .schemes import Scheme
+    from .schemes import KVCache, Scheme
     from .weights import Pack
 
 Bound = tuple[int, int | None]  # an inclusive range of sizes; None: no upper bound
@@ -59,14 +60,25 @@ class Site:
 
 
 @dataclass
+class CacheSite:
+    """A tensor [B, H, S, D] that the graph writes, its row, the scheme that the recipe gives it, how it is packed."""
+
+    node: Node
+    row: Row
+    scheme: KVCache | None = None
+    format: KVFormat | None = None
+
+
+@dataclass
 class Program:
     """One captured graph.
 
     `graph_module` takes the flat inputs and returns the flat outputs. Each weight, buffer and constant is a
     `get_attr` node under its qualified name, one per storage, its tensor in `constants`; `aliases` maps the other
     names of tied weights to that name. `mutated` names the buffers that the graph writes. `ranges` bounds the
-    symbols of dynamic dimensions. `sites` are the places where schemes may apply, `rows` the report's rows of all
-    candidates, `packs` what passes have packed, by key.
+    symbols of dynamic dimensions. `sites` are the places where schemes may apply, `caches` those where
+    schemes for caches may, `rows` the report's rows of all candidates, `packs` what passes have packed, by key.
+    `private` names the inputs whose tensors nobody but us makes and reads, so that passes may change their form.
     """
 
     graph_module: GraphModule
@@ -75,8 +87,10 @@ class Program:
     aliases: dict[str, str] = field(default_factory=dict)
     ranges: dict[sympy.Symbol, Bound] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
+    caches: list[CacheSite] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     packs: dict[str, Pack] = field(default_factory=dict)
+    private: frozenset[str] = frozenset()
 
     @property
     def graph(self) -> Graph:

@@ -52,11 +52,13 @@ class Candidate(Protocol):
     def module(self) -> str: ...
     @property
     def shape(self) -> Shape | None: ...
+    @property
+    def kind(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Gives `scheme` to the candidates that all given selectors match.
+    """Gives `scheme` to the candidates that all given selectors match, of those that the scheme is for.
 
     name: glob on the qualified name ("model.layers.*.mlp.*"), or a regular expression after "re:" (full match).
     operator: the operator as the model wrote it: "linear", "addmm", "einsum", "conv2d" …
@@ -89,6 +91,8 @@ class Rule:
 
     def matches(self, candidate: Candidate) -> bool | None:
         """Whether it matches; None where a shape predicate cannot be decided for a dynamic M."""
+        if self.scheme.kind not in (None, candidate.kind):
+            return False
         if self.name is not None:
             glob = self.name.startswith("re:") or fnmatch.fnmatchcase(candidate.name, self.name)
             if not (re.fullmatch(self.name[3:], candidate.name) if self.name.startswith("re:") else glob):

@@ -13,19 +13,21 @@ from tabulate import tabulate
 
 from .cost import Roofline, linear_cost
 from .predicate import Shape
+from .schemes import CACHE, LINEAR
 
 REWRITTEN, SKIPPED, EXCLUDED, NEAR_MISS = "rewritten", "skipped", "excluded", "near miss"
 
 
 @dataclass
 class Row:
-    """One candidate: a matrix product on a constant.
+    """One candidate: a matrix product on a constant, or a cache of keys or values.
 
     name: the qualified name of the weight's owner; operator: the operator as the model wrote it; module: class of
     the innermost module. shape: M tokens, N out, K in (None where it is no linear). outcome: rewritten, skipped,
     excluded, near miss. bytes_before, bytes_after: of the weight. error: the relative error of the rewritten op
     against the linear that it replaces, not pruned, on 16 tokens of Gaussian noise. notes: reasons, merges, copies
-    kept.
+    kept. Of a cache, name is its own, operator the one that writes it, bytes_before and bytes_after are its bytes, and
+    tokens is how many it has room for, in all rows together (None where it is no cache).
     """
 
     name: str
@@ -40,6 +42,11 @@ class Row:
     bytes_after: int = 0
     error: float | None = None
     notes: list[str] = field(default_factory=list)
+    tokens: int | None = None
+
+    @property
+    def kind(self) -> str:
+        return LINEAR if self.tokens is None else CACHE
 
     def close(self, outcome: str, reason: str) -> None:
         """Ends a candidate that is not rewritten."""
@@ -50,6 +57,7 @@ class Row:
         shape = self.shape
         return {
             "name": self.name,
+            "kind": self.kind,
             "operator": self.operator,
             "module": self.module,
             "M": str(shape.M) if shape else None,
@@ -62,6 +70,7 @@ class Row:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "error": self.error,
+            "tokens": self.tokens,
             "notes": "; ".join(self.notes),
         }
 
@@ -81,7 +90,8 @@ class PassRecord:
 @dataclass
 class Report:
     """Rows, totals and the history of passes. `bytes_before` and `bytes_after` count all weights of the program,
-    each storage once. `notes` say what holds for the whole. Prints as a table; `as_dict` is for programs."""
+    each storage once, and all caches, those that are inputs, too. `notes` say what holds for the whole. Prints as a
+    table; `as_dict` is for programs."""
 
     rows: list[Row] = field(default_factory=list)
     history: list[PassRecord] = field(default_factory=list)
@@ -94,19 +104,40 @@ class Report:
     def rewritten(self) -> list[Row]:
         return [r for r in self.rows if r.outcome == REWRITTEN]
 
+    @property
+    def caches(self) -> list[Row]:
+        return [r for r in self.rows if r.kind == CACHE]
+
+    @property
+    def cache_bytes(self) -> tuple[int, int]:
+        """The bytes of all caches, before and after."""
+        return sum(r.bytes_before for r in self.caches), sum(r.bytes_after for r in self.caches)
+
+    @property
+    def cache_token_bytes(self) -> tuple[float, float]:
+        """The bytes that one token of one row takes in all caches, before and after."""
+        filled = [(r, r.tokens) for r in self.caches if r.tokens]
+        return sum(r.bytes_before / tokens for r, tokens in filled), sum(r.bytes_after / tokens for r, tokens in filled)
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "rows": [r.as_dict() for r in self.rows],
             "history": [dataclasses.asdict(h) for h in self.history],
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "cache_bytes": list(self.cache_bytes),
+            "cache_token_bytes": list(self.cache_token_bytes),
             "notes": self.notes,
         }
 
     def summary(self) -> str:
         counts = collections.Counter(r.outcome for r in self.rows)
         parts = ", ".join(f"{counts[o]} {o}" for o in (REWRITTEN, SKIPPED, EXCLUDED, NEAR_MISS) if counts[o])
-        sizes = f"weights {megabytes(self.bytes_before)} → {megabytes(self.bytes_after)}"
+        before, after = self.cache_bytes
+        sizes = f"weights {megabytes(self.bytes_before - before)} → {megabytes(self.bytes_after - after)}"
+        if self.caches:
+            each, now = self.cache_token_bytes
+            sizes += f"; cache {megabytes(each)} → {megabytes(now)} a token, {megabytes(before)} → {megabytes(after)}"
         return f"{len(self.rows)} candidates: {parts or 'nothing to rewrite'}; {sizes}"
 
     def __str__(self) -> str:

@@ -65,6 +65,7 @@ def snapshot(program: Program) -> str:
     lines += [f"SUBGRAPHS = {{{', '.join(f'{n!r}: {class_name(n)}' for n, _ in modules if n)}}}"]
     lines += ["# dtype, sizes (a pair is a dynamic size: its value at capture and its symbol); or a plain value"]
     lines += [f"INPUTS = {inputs!r}"]
+    lines += [f"PRIVATE = {sorted(program.private)!r}"]
     lines += [f"CONSTANTS = {pprint.pformat(constants, width=110)}", ""]
     return "\n".join(lines)
 
@@ -93,8 +94,8 @@ def write(source: str, recipe: Recipe, disable: Collection[str] = (), folder: Pa
     return folder
 
 
-def load(folder: Path) -> tuple[torch.nn.Module, tuple, Any, Recipe, list[str]]:
-    """The module on meta, its inputs, their dynamic shapes, the recipe and the disabled passes of a reproducer."""
+def load(folder: Path) -> tuple[torch.nn.Module, tuple, Any, Recipe, dict[str, Any]]:
+    """The module on meta, its inputs, their dynamic shapes, the recipe and the options of `rewrite` of a reproducer."""
     missing = [f for f in ("graph.py", "recipe.toml", "run.json") if not (folder / f).is_file()]
     if missing:
         raise InputError(f"{folder} is no reproducer: it has no {' and no '.join(missing)}")
@@ -116,4 +117,5 @@ def load(folder: Path) -> tuple[torch.nn.Module, tuple, Any, Recipe, list[str]]:
         args.append(torch.empty(sizes, dtype=getattr(torch, like["dtype"]), device="meta"))
         shapes.append({i: Dim.AUTO for i, s in enumerate(like["shape"]) if isinstance(s, list)})
     run = json.loads((folder / "run.json").read_text())
-    return module, tuple(args), tuple(shapes), Recipe.of(folder / "recipe.toml"), run["disable"]
+    how = {"disable": run["disable"], "private": scope.get("PRIVATE", [])}
+    return module, tuple(args), tuple(shapes), Recipe.of(folder / "recipe.toml"), how

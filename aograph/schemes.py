@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .errors import RecipeError
+from .kernels.kv_cache import FP8, INT4, INT4_CHANNEL, INT8, KVFormat
 from .kernels.prune24 import METHODS
 from .kernels.quantized_activation import BLOCK
 from .kernels.rounding import ALGORITHMS, GROUP_SIZES
+
+LINEAR, CACHE = "linear", "cache"  # kinds of candidates
 
 
 def nearest(word: Any, valid: Iterable[str]) -> str:
@@ -29,10 +32,12 @@ def nearest(word: Any, valid: Iterable[str]) -> str:
 class Scheme:
     """The base of schemes; equal parameters make equal schemes.
 
+    kind: what the scheme is for: linears, caches of keys and values, or anything (None).
     differentiable: whether gradients for x flow through what the scheme makes of a linear.
     """
 
     preset: ClassVar[str]
+    kind: ClassVar[str | None] = LINEAR
     differentiable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -78,6 +83,7 @@ class Keep(Scheme):
     """Leaves what it matches as it is."""
 
     preset: ClassVar[str] = "none"
+    kind: ClassVar[str | None] = None
 
 
 @dataclass(frozen=True)
@@ -245,6 +251,70 @@ class Float8DynamicSparse24(Sparse, Float8Dynamic):
     """
 
     preset: ClassVar[str] = "float8dq-sparse24"
+
+
+@dataclass(frozen=True)
+class KVCache(Scheme):
+    """What schemes have in common that quantize caches of keys and values as tokens are stored.
+
+    format: how, but for what the parameters of a scheme say.
+    """
+
+    kind: ClassVar[str | None] = CACHE
+    differentiable: ClassVar[bool] = False
+    format: ClassVar[KVFormat]
+
+    def packed_format(self, keys: bool) -> KVFormat:
+        """How a cache is packed; keys: whether it holds keys alone."""
+        return self.format
+
+    def refuse_head(self, D: int, keys: bool) -> str | None:
+        """Why a cache with heads of D cannot take the scheme; None if it can."""
+        try:
+            self.packed_format(keys).groups(D)
+        except ValueError as error:
+            return str(error)
+        return None
+
+
+@dataclass(frozen=True)
+class KV8(KVCache):
+    """Caches of keys and values in 8 bits, symmetric, one scale for each token and head."""
+
+    preset: ClassVar[str] = "kv8"
+    format: ClassVar[KVFormat] = INT8
+
+
+@dataclass(frozen=True)
+class KVFP8(KVCache):
+    """Caches of keys and values in 8-bit floating point (e4m3), one scale for each token and head."""
+
+    preset: ClassVar[str] = "kvfp8"
+    format: ClassVar[KVFormat] = FP8
+
+
+@dataclass(frozen=True)
+class KV4(KVCache):
+    """Caches of keys and values in 4 bits, asymmetric, with a scale and a minimum for what is quantized together.
+
+    group_size: how many neighbours along the head of a token: 16, 32, 64 or 128, which must divide the head size.
+    keys: "channel": keys instead by channel, 64 tokens of each, as some channels have outliers at all tokens (Liu et
+        al., KIVI, 2024); the newest 64 or fewer tokens stay as they are; tokens must come in order. "token": as values.
+    """
+
+    preset: ClassVar[str] = "kv4"
+    format: ClassVar[KVFormat] = INT4
+    group_size: int = 32
+    keys: str = "channel"
+
+    def __post_init__(self) -> None:
+        self.check("group_size", (16, 32, 64, 128))
+        self.check("keys", ("channel", "token"))
+
+    def packed_format(self, keys: bool) -> KVFormat:
+        if keys and self.keys == "channel":
+            return INT4_CHANNEL
+        return dataclasses.replace(self.format, group_size=self.group_size)
 
 
 def indivisible(K: int, group_size: int) -> str | None:

@@ -31,7 +31,8 @@ class Pack:
 
     `weight` computes the original and `function(weight) -> tuple of tensors` packs it; `names` are the constants
     that the result fills. `kind` says what the function does, `key` what the constants hold. `op(x, packed) -> y` is
-    the rewritten op without bias, whose error goes to the `rows` of the report; None where nothing is rounded.
+    the rewritten op without bias, whose error goes to the `rows` of the report; None where nothing is rounded. `state`:
+    the graph writes what is packed, so that all graphs of a model have to read it in this form.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Pack:
     names: tuple[str, ...]
     op: Callable[[Tensor, tuple[Tensor, ...]], Tensor] | None = None
     rows: list[Row] = field(default_factory=list)
+    state: bool = False
 
     @property
     def key(self) -> str:
@@ -120,6 +122,7 @@ class WeightStore:
         self.packed: dict[str, tuple[Tensor, ...]] = {}  # by key
         self.errors: dict[str, float] = {}  # by key
         self.notes: dict[str, str] = {}  # by key
+        self.state: dict[str, str | None] = {}  # of each buffer that graphs write: the key that packs it, or None
         self.names: dict[str, Tensor] = {}  # all that programs refer to: the state
         self.lock = threading.RLock()
 
@@ -130,6 +133,7 @@ class WeightStore:
         released; what a source gives is read once, so its values are checked when its turn comes.
         """
         with self.lock:
+            self.check_state(program)
             missing = [p for p in program.packs.values() if p.key not in self.packed]
             self.check_source(program, missing)
             self.check_finite(program, missing)
@@ -176,6 +180,19 @@ class WeightStore:
                 "before; give the loaded model, or hand it over only once its shapes are captured"
             )
         return tensor.detach()
+
+    def check_state(self, program: Program) -> None:
+        """Raises `WeightError` for a buffer that this program would write in one form, and another in a second one."""
+        found: dict[str, str | None] = dict.fromkeys(sorted(program.mutated & program.constants.keys()))
+        found |= {name: p.key for p in program.packs.values() if p.state for name in p.weight.leaves}
+        for name, key in found.items():
+            if self.state.get(name, key) != key:
+                raise WeightError(
+                    f"the cache {name} is quantized in the graph of one call and as it was in that of another, whose "
+                    "tokens it would not see: write the model so that all calls use it alike, or add the rule "
+                    f"{name}:none"
+                )
+        self.state |= found
 
     def check_source(self, program: Program, packs: list[Pack]) -> None:
         """Raises `WeightError` where the source does not have what is to be packed or kept."""

@@ -17,12 +17,12 @@ Its relative position bias and its neck are left out. Every contender is the sam
 
 --autotune names contenders that are compiled under the settings of "max-autotune" instead, which tunes products, too:
 of the four of bf16 on an H200, at 224 and 64 images, cuBLAS was the fastest candidate. Each is a process of its own.
-Those under --autotune compile one after another, the others then at the same time; each
-measures while the others wait. `compile s` is up to the third forward, packing included. Time is the median of the
-forwards, from start to end on the device; images/s are the batch over that. `peak GB` is that of torch's allocator
-after the first forward, `linear GB` the size of the linears' weights, packed. `error` is the distance of the output to
-that of the eager bf16 model on the same weights, ‖a − b‖ / ‖b‖. The weights are random, so the error of a pruned model
-says nothing of one that was trained.
+Those under --autotune compile one after another, the others then at the same time; each measures while the others
+wait. `compile s` is up to the third forward, packing included. Time is the median of the forwards, from start to end on
+the device; images/s are the batch over that. `peak GB` is that of torch's allocator after the first forward, `linear
+GB` the size of the linears' weights, packed. `error` is the distance of the output to that of the eager bf16 model on
+the same weights, ‖a − b‖ / ‖b‖. The weights are random, so the error of a pruned model says nothing of one that was
+trained.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ CONFIGS: dict[str, Callable[[Any], Any]] = {
 class Worker:
     """One contender: "bf16", one of `CONFIGS`, or else a recipe behind backend="aograph".
 
-    A bench adds `compile(case)` and `measure(limits)`. recipes: those that have another name. settings: of Inductor, for
+    A bench adds `compile(case)` and `measure(limits)`. recipes: those that have another name. settings: Inductor's, of
     all contenders.
     """
 

@@ -95,6 +95,7 @@ def supports(case: Case) -> bool | str:
     here = need(
         (case.device == "cuda", "runs on CUDA only"),
         (case.capability in CAPABILITIES, "is written for compute capability 9.0"),
+        (case.keys.block is None, "takes no keys by channel"),
         (case.dtype in (torch.bfloat16, torch.float16), "takes bf16 and fp16 q only"),
         (case.M is not None, "T is unknown"),
         (case.K == case.N, "keys and values have heads of different sizes"),

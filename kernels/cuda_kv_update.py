@@ -23,6 +23,7 @@ def supports(case: Case) -> bool | str:
     here = need(
         (case.device == "cuda", "runs on CUDA only"),
         (case.capability in CAPABILITIES, "is written for compute capability 9.0"),
+        (case.keys.block is None, "takes no keys by channel"),
         (case.K % 16 == 0 and 0 < case.K <= LARGEST_HEAD, f"the head size is no multiple of 16 up to {LARGEST_HEAD}"),
         (case.keys.group_size in (None, case.K, *GROUPS), "has groups of the whole head, 32 or 64 only"),
     )

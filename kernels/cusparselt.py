@@ -4,7 +4,7 @@ It reads a weight in a form of its own, made once from the packed one and kept a
 in memory twice, in all 17/16 of the dense weight's bytes in half precision. Which of its algorithms is fastest for a
 shape differs by up to a factor of two, so its search runs once for each shape and number of tokens (up to the next
 power of two), and what it finds stays in the cache folder. Not in fp16, where the search ends in an illegal
-instruction on an H200 (cuSPARSELt 0.7.1), and with it the process.
+instruction on an H200 (cuSPARSELt 0.8.0), and with it the process.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from .op import ENDLESS, Case, Op, capability, need
 from .sparse24 import decompress
 
 MULTIPLES = {torch.bfloat16: (16, 8), torch.float16: (16, 8), torch.int8: (32, 16), torch.float8_e4m3fn: (32, 16)}
-FROM_TOKENS = 256  # where a sparse product overtakes a dense one: below, both wait for the weight
+FROM_TOKENS = 256  # where its product overtakes a dense one
 BLOBS: Any = WeakTensorKeyDictionary()  # the values of a packed weight → their version, and the weight as it is read
 
 

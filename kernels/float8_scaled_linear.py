@@ -126,7 +126,7 @@ def _(x, x_scale, q, scale, bias, dtype):
     """cuBLASLt reads the scales of x column by column, and of a column, as of a row of blocks, a multiple of four."""
     M, missing = x.shape[0], -x.shape[0] % 4
     if missing:
-        x, x_scale = (torch.cat((each, each[:1].expand(missing, -1))) for each in (x, x_scale))
+        x, x_scale = F.pad(x.view(torch.uint8), (0, 0, 0, missing)).view(FLOAT8), F.pad(x_scale, (0, 0, 0, missing))
     x_scale = x_scale.T.clone(memory_format=torch.contiguous_format).T
     scale = F.pad(scale, (0, -scale.shape[1] % 4)).T
 
@@ -134,7 +134,7 @@ def _(x, x_scale, q, scale, bias, dtype):
         kinds = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
         return F.scaled_mm(dense(x), q.T, x_scale, kinds[0], scale, kinds[1], bias=bias, output_dtype=dtype)
 
-    return with_bias(product, bias, dtype)[:M]
+    return with_bias(product, bias, dtype).narrow(0, 0, M)
 
 
 @float8_scaled_linear.implementation("dequantize", supports=lambda case: True, standalone=True)

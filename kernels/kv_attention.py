@@ -6,6 +6,7 @@ only the newest `window` where window > 0, and of them only what mask allows:
     positions [B, T] int64   S - 1 and more: up to the end; negative: nothing
     start [B] int64          None: 0
     mask                     bool (True: seen), or float, added to the scores; [B or 1, Hq or 1, T, S], or None
+    k_window, k_held         of keys by channel (`kv_cache.py`); None where each token is by itself, as values are
     scores = q · k * scale, then, where softcap > 0, softcap * tanh(scores / softcap)
 -> [B, Hq, T, Dv] in q's dtype: softmax(scores) · v, and zeros for a token that sees nothing. Positions that no token of
 a row sees change nothing, whatever they hold; NaN at one that some see may reach all tokens of that row.
@@ -27,23 +28,26 @@ MANY_SCORES = 1 << 27  # elsewhere what keeps a GPU busy
 
 kv_attention = CacheOp(
     "kv_attention(Tensor q, Tensor k, Tensor k_scales, Tensor v, Tensor v_scales, Tensor positions, Tensor? start, "
-    "Tensor? mask, float scale, float softcap, int window) -> Tensor"
+    "Tensor? mask, float scale, float softcap, int window, Tensor? k_window=None, Tensor? k_held=None) -> Tensor"
 )
 
 
 @kv_attention.fake
-def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window):
-    case = kv_attention.case_of(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window)
+def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None):
+    seen = positions, start, mask, scale, softcap, window
+    case = kv_attention.case_of(q, k, k_scales, v, v_scales, *seen, k_window, k_held)
     return q.new_empty(*q.shape[:3], case.N)
 
 
 @kv_attention.case
-def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window) -> CacheCase:
-    keys, D = kv_attention.fit(k, k_scales)
+def _(
+    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None
+) -> CacheCase:
+    keys, D = kv_attention.fit(k, k_scales, k_window, k_held)
     values, of_values = kv_attention.fit(v, v_scales)
-    B, H, S, _ = k.shape
+    (B, H, P, _), S = k.shape, v.shape[2]
     check, device = kv_attention.check, k.device
-    check("v", v, device, (v.dtype,), (B, H, S, None))
+    check("v", v, device, (v.dtype,), (B, H, P if keys.block is None or keys.positions(S) != P else S, None))
     check("q", q, device, FLOATS, (B, None, None, D))
     _, Hq, T, _ = q.shape
     if Hq % H:
@@ -114,6 +118,33 @@ def scores_of(q: Tensor, keys: Tensor, seen: Tensor, mask: Tensor | None, scale:
     return scores.masked_fill(~seen, -torch.inf)
 
 
+@dataclass(frozen=True)
+class Keys:
+    """Packed keys: the arguments of the op."""
+
+    codes: Tensor
+    scales: Tensor
+    window: Tensor | None
+    held: Tensor | None
+
+    @property
+    def block(self) -> int:
+        """Positions that are dequantized together."""
+        return 1 if self.window is None else self.window.shape[2]
+
+    def dequantize(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """[B, H, n, D] in fp32 or fp64: those of n positions, from the first of a block on."""
+        form, W = kv_attention.format_of(self.codes, self.scales, self.window), self.block
+        first, last = part.start // W, -(-part.stop // W)
+        keys = form.dequantize(self.codes[:, :, first * W : last * W], self.scales[:, :, first:last], dtype)
+        if self.window is None or self.held is None or first == last:
+            return keys
+        blocks, rows, place = keys.unflatten(2, (-1, W)), torch.arange(len(keys), device=keys.device), self.held - first
+        inside, place = (place >= 0) & (place < last - first), place.clamp(0, last - first - 1)
+        blocks[rows, :, place] = torch.where(inside[:, None, None, None], self.window.to(dtype), blocks[rows, :, place])
+        return keys[:, :, : part.stop - part.start]
+
+
 def values_of(v: Tensor, v_scales: Tensor, seen: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, H, n, Dv] in fp32 or fp64: n values, 0 where no token sees them (seen [B, T, n])."""
     unseen = ~seen.any(1)[(slice(None), None, ..., *[None] * (v_scales.dim() - 3))]
@@ -126,27 +157,28 @@ def product(weights: Tensor, values: Tensor) -> Tensor:
 
 
 @kv_attention.reference
-def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window):
-    H, S = k.shape[1:3]
+def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None):
+    H, S = v.shape[1:3]
     sight = Sight.of(positions, start, mask, window, H)
     seen = sight.seen(slice(0, S))
-    keys = kv_attention.format_of(k, k_scales).dequantize(k, k_scales, torch.float64)
+    keys = Keys(k, k_scales, k_window, k_held).dequantize(slice(0, S), torch.float64)
     scores = scores_of(q.double().unflatten(1, (H, -1)), keys, seen, sight.mask, scale, softcap)
     weights = scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
     return product(weights, values_of(v, v_scales, seen, torch.float64)).flatten(1, 2).to(q.dtype)
 
 
 @kv_attention.implementation("cuda", supports=cuda_kv_attention.supports)
-def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window):
+def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None):
     arguments = q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window
     return cuda_kv_attention.attention(*arguments, kv_attention.known_case(*arguments))
 
 
 @kv_attention.implementation("blocks", supports=lambda case: True, standalone=True)
-def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window):
+def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None):
     """In fp32, a block of tokens at a time, and for it blocks of positions; in a graph all tokens: T is symbolic."""
-    (B, Hq, T, _), (H, S) = q.shape, k.shape[1:3]
+    (B, Hq, T, _), (H, S) = q.shape, v.shape[1:3]
     q, sight = q.unflatten(1, (H, -1)), Sight.of(positions, start, mask, window, H)
+    keys = Keys(k, k_scales, k_window, k_held)
     parts = [slice(None)]
     if not torch.compiler.is_exporting():
         few = max(SCORES.get(q.device.type, MANY_SCORES) // max(B * Hq * BLOCK, 1), 1)
@@ -155,25 +187,24 @@ def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, windo
     for part in parts:
         tokens = sight.tokens(part)
         span = tokens.span(S)
-        y.append(online(q[:, :, :, part].float(), k, k_scales, v, v_scales, tokens, span, scale, softcap).to(q.dtype))
+        y.append(online(q[:, :, :, part].float(), keys, v, v_scales, tokens, span, scale, softcap).to(q.dtype))
     return torch.cat(y, 3).flatten(1, 2)
 
 
-def online(q, k, k_scales, v, v_scales, sight, span, scale, softcap):
+def online(q, keys, v, v_scales, sight, span, scale, softcap):
     """[B, H, G, T, Dv] fp32 of q [B, H, G, T, D] fp32, over a span of positions, with a running maximum and sum.
 
     Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
     """
-    form = kv_attention.format_of(k, k_scales)
     most = q.new_full((*q.shape[:4], 1), -torch.inf)
     total, y = torch.zeros_like(most), q.new_zeros(*q.shape[:4], kv_attention.fit(v, v_scales)[1])
     size = max(BLOCK, -(-len(span) // BLOCKS_IN_GRAPH)) if torch.compiler.is_exporting() else BLOCK
-    for first in span[::size]:
+    size = -(-size // keys.block) * keys.block
+    for first in range(span.start // keys.block * keys.block, span.stop, size):
         part = slice(first, min(first + size, span.stop))
         seen = sight.seen(part)
-        keys = form.dequantize(k[:, :, part], k_scales[:, :, part], torch.float32)
         mask = None if sight.mask is None else sight.mask[..., part]
-        scores = scores_of(q, keys, seen, mask, scale, softcap)
+        scores = scores_of(q, keys.dequantize(part, torch.float32), seen, mask, scale, softcap)
         before, most = most, torch.maximum(most, scores.amax(-1, keepdim=True))
         shift = most.masked_fill(most == -torch.inf, 0)  # of a token that has seen nothing yet
         weights, kept = (scores - shift).exp(), (before - shift).exp()

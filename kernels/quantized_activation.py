@@ -123,13 +123,13 @@ def _scale(most: Tensor, largest: int) -> Tensor:
 
 def _most(wide: Tensor) -> Tensor:
     """The largest magnitude along K [..., 1] of fp32; NaN where there is one."""
-    if not wide.is_cuda:
+    if wide.device.type != "cuda":
         return wide.abs().amax(-1, keepdim=True)
     return (wide.view(torch.int32) & 0x7FFFFFFF).amax(-1, keepdim=True).view(torch.float32)
 
 
 def _rounded(codes: Tensor, least: int) -> Tensor:
     """int8 of codes that are no further than a half from the range of least … 127, or NaN."""
-    if not codes.is_cuda:
+    if codes.device.type != "cuda":
         return codes.round().clamp(least, INT8).to(torch.int8)
     return ((codes + SHIFT).view(torch.int32) - SHIFT_BITS).clamp(least, INT8).to(torch.int8)

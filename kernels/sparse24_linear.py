@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cuda_scaled_linear, cusparselt, linear, sparse24
+from .cuda_scaled_linear import ScaledPlan
 from .cusparselt import FROM_TOKENS
 from .linear import LinearOp
 from .op import Case, Op
@@ -78,5 +79,5 @@ def pays(case: Case, op: Op = sparse24_linear) -> bool | str:
     if op["cuda"].supports(case) is True:
         codes = op.takes[0] if isinstance(op, ScaledLinearOp) else case.dtype
         plan = cuda_scaled_linear.plan(codes, True, case.M or 1, case.N, case.K)
-        return not getattr(plan, "behind", False) or f"slower than dense at M = {case.M}"
+        return not (isinstance(plan, ScaledPlan) and plan.behind) or f"slower than dense at M = {case.M}"
     return (case.M or 0) >= FROM_TOKENS or f"slower than dense below M = {FROM_TOKENS}"

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -73,7 +74,8 @@ def quantized(site: Site, quantize: Quantize) -> Activation:
     x = site.x
     shared = stays(x)
     before = behind(x) if shared else site.node
-    steps = traced(quantize, x.meta["val"].dtype, x.meta["val"].dim())
+    like = x.meta["val"]
+    steps = traced(quantize, like.dtype, like.dim(), like.device.type)
     (given,) = steps.find_nodes(op="placeholder")
     made: dict[Node, Node] = {given: x}
     for step in (node for node in steps.nodes if node.op == "call_function"):
@@ -105,8 +107,8 @@ def behind(x: Node) -> Node:
 
 
 @lru_cache(maxsize=64)
-def traced(quantize: Quantize, dtype: torch.dtype, dims: int) -> Graph:
-    """What quantizing does to an x of any sizes, as a graph of operators: it names no size."""
-    like = torch.empty([1] * (dims - 1) + [BLOCK], dtype=dtype, device="meta")
-    with torch.no_grad():
+def traced(quantize: Quantize, dtype: torch.dtype, dims: int, device: str) -> Graph:
+    """What quantizing does to an x of any sizes on such a device, as a graph of operators: it names no size."""
+    with FakeTensorMode(), torch.no_grad():
+        like = torch.empty([1] * (dims - 1) + [BLOCK], dtype=dtype, device=device)
         return make_fx(lambda x: tuple(quantize(x)), pre_dispatch=True)(like).graph

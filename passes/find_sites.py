@@ -1,20 +1,24 @@
-"""Finds the candidates: a row of the report for each, a site for each that schemes can take, and its scheme."""
+"""Finds the candidates: a row of the report for each, a site for each that schemes can take, and its scheme.
+
+Caches are candidates where a rule of the recipe is for caches.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 import torch
 from torch.fx import GraphModule, Node
 
 from ..expression import Expression
 from ..kernels.op import capability
-from ..patterns.language import Miss, arguments, constant, match, packet
+from ..patterns.language import Miss, arguments, constant, match, packet, written
 from ..patterns.linear import LINEAR, MATMULS, underlying, weight_operands
 from ..predicate import Shape
-from ..program import Program, Site, get_attribute, nbytes
+from ..program import CacheSite, Program, Site, get_attribute, nbytes
 from ..report import EXCLUDED, NEAR_MISS, SKIPPED, Row
-from ..schemes import Keep
+from ..schemes import CACHE, Keep
 from .base import Pass, Stage
 
 aten = torch.ops.aten
@@ -40,10 +44,15 @@ class FindSites(Pass):
                     row.close(NEAR_MISS, bank if picked else node.meta.get("miss", found.reason))
                 else:
                     program.sites.append(Site(node, [row]))
+        if any(rule.scheme.kind == CACHE for rule in context.recipe.rules):
+            program.caches = list(caches(program))
+            program.rows += [cache.row for cache in program.caches]
         context.recipe.check_selectors(program.rows)
         for site in program.sites:
             self.decide(program, site, context)
-        return len(program.sites)
+        for cache in program.caches:
+            decide_cache(cache, context)
+        return len(program.sites) + len(program.caches)
 
     def row(self, program: Program, node: Node, weight: Node, found) -> Row:
         val = weight.meta["val"]
@@ -126,6 +135,42 @@ class FindSites(Pass):
                 elif linears.get(user) is not node and packet(user.target) is not aten.embedding:
                     return "an output" if user.op == "output" else f"{packet(user.target)}".removeprefix("aten.")
         return None
+
+
+def caches(program: Program) -> Iterator[CacheSite]:
+    """Buffers and inputs with three dimensions and more that the graph writes: rows, heads or both, positions, heads of
+    D elements; what is smaller, such as a count or running statistics, is none. Where sizes are dynamic, a row counts
+    the bytes of the example that the graph was captured with."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op not in ("get_attr", "placeholder") or not isinstance(value, torch.Tensor) or value.ndim < 3:
+            continue
+        writer = written(node)
+        if writer is None:
+            continue
+        sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in value.shape]
+        yield CacheSite(
+            node,
+            Row(
+                name=node.target,
+                operator=str(packet(writer.target)).removeprefix("aten."),
+                module=writer.meta.get("origin", ("", ""))[1],
+                shape=None,
+                dtype=value.dtype,
+                bytes_before=prod(sizes) * value.itemsize,
+                tokens=sizes[0] * sizes[2] if value.ndim == 4 else 0,
+            ),
+        )
+
+
+def decide_cache(cache: CacheSite, context) -> None:
+    decision = context.recipe.decide(cache.row)
+    if decision is None:
+        cache.row.close(SKIPPED, "no rule of the recipe matches")
+    elif isinstance(decision[1].scheme, Keep):
+        cache.row.close(EXCLUDED, f"excluded by rule {decision[0]}")
+    else:
+        cache.scheme = decision[1].scheme
 
 
 def candidate_name(weight: Node, path: str, aliases: Mapping[str, str]) -> str:

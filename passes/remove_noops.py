@@ -11,6 +11,7 @@ from .base import Pass, Stage
 
 aten = torch.ops.aten
 x = Any("x")
+EVERYTHING = 2**63 - 1  # how torch writes the end of what has none
 ASSERTS = {aten._assert_async, aten._assert_scalar, aten._assert_tensor_metadata, aten.sym_constrain_range,
            aten.sym_constrain_range_for_size, torch.ops.profiler._record_function_exit}  # fmt: skip
 
@@ -36,11 +37,19 @@ def without_gradients(m: Match) -> bool | str:
     return not m.root.meta.get("grad") or "gradients are recorded here"
 
 
+def whole(m: Match) -> bool | str:
+    """A slice that leaves nothing out."""
+    size = m.x.meta["val"].shape[m.dim]
+    ends = m.end is None or (isinstance(m.end, int) and m.end >= (size if isinstance(size, int) else EVERYTHING))
+    return (m.start in (None, 0) and ends) or "it leaves something out"
+
+
 def first(m: Match, g: Builder) -> Node:
     return m.x
 
 
 RULES = [
+    Rule("slice of all", P(aten.slice, x, Any("dim"), Any("start"), Any("end"), where=whole), first),
     Rule("detach", P(aten.detach, x, where=without_gradients), first),
     Rule("detach_", P(aten.detach_, x, where=without_gradients), first),
     Rule("alias", P(aten.alias, x), first),

@@ -28,9 +28,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 
 __all__ = [
-    "Any", "Builder", "Match", "Maybe", "Miss", "P", "Rule", "Weight",
-    "arguments", "constant", "fake_mode", "inherit", "match", "mutates", "packet", "propagate", "rewrite", "stays",
-    "views_of", "written",
+    "Any", "Builder", "Either", "Match", "Maybe", "Miss", "P", "Rule", "Weight",
+    "arguments", "constant", "fake_mode", "fit", "inherit", "match", "mutates", "packet", "propagate", "rewrite",
+    "stays", "views_of", "written",
 ]  # fmt: skip
 
 
@@ -171,6 +171,33 @@ class Maybe:
 
 
 @dataclass(frozen=True, init=False)
+class Either:
+    """Matches what one of its patterns matches, the first that does; what the others bound is forgotten.
+
+    The reason of a miss is that of the pattern of which most fitted, of several the last one's.
+    """
+
+    patterns: tuple
+
+    def __init__(self, *patterns):
+        object.__setattr__(self, "patterns", patterns)
+
+    def fit(self, value: Value, found: Match) -> str | None:
+        bindings, nodes, start = dict(found.bindings), len(found.nodes), found.progress
+        nearest, reason = -1, "it has no alternatives"
+        for pattern in self.patterns:
+            missed = fit(pattern, value, found)
+            if missed is None:
+                return None
+            if found.progress >= nearest:
+                nearest, reason = found.progress, missed
+            found.bindings, found.progress = dict(bindings), start
+            del found.nodes[nodes:]
+        found.progress = max(nearest, start)
+        return reason
+
+
+@dataclass(frozen=True, init=False)
 class P:
     """A call of `target` (an overload, or a packet, which stands for all its overloads) on `args`.
 
@@ -209,6 +236,7 @@ class P:
             if (answer := guard(found)) is not True:
                 return answer or "a guard of the pattern said no"
             found.progress += 1
+        found.nodes.append(value)
         return found.bind(self.name, value)
 
 
@@ -228,10 +256,11 @@ def fit(pattern: Value, value: Value, found: Match) -> str | None:
 
 
 class Match:
-    """The bindings of a pattern that fitted, as attributes; `root` is the node at its top."""
+    """The bindings of a pattern that fitted, as attributes; `root` is the node at its top, `nodes` all its calls."""
 
     def __init__(self, root: Node):
         self.root = root
+        self.nodes: list[Node] = []
         self.bindings: dict[str, Value] = {}
         self.progress = 0  # parts of the pattern that fitted
 
@@ -271,9 +300,9 @@ class Builder:
     def __init__(self, node: Node):
         self.node, self.graph = node, node.graph
 
-    def call(self, target: Value, *args: Value) -> Node:
+    def call(self, target: Value, *args: Value, **kwargs: Value) -> Node:
         with self.graph.inserting_before(self.node):
-            new = self.graph.call_function(target, args)
+            new = self.graph.call_function(target, args, kwargs)
         return inherit(new, self.node)
 
 

@@ -29,18 +29,36 @@ def dequantized(model):
     return model
 
 
-@pytest.fixture(scope="session")
-def language_model(tmp_path_factory):
-    """Two layers of mini in fp32, saved for two rows of 48 tokens: `path`, the `model`, `fast`, and `reference`."""
+RECIPE = "int4wo(group_size=32) + lm_head:int8wo"
+
+
+def two_layers():
+    """Two layers of mini in fp32."""
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(MINI, dtype=torch.float32).eval()
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2
-    inputs = {"input_ids": ids(), "use_cache": False}
-    fast = aograph.optimize(model, "int4wo(group_size=32) + lm_head:int8wo", inputs, compile=False)
+    return model
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory):
+    """Two layers of mini, saved for two rows of 48 tokens: `path`, the `model`, `fast`, and `reference`."""
+    model = two_layers()
+    fast = aograph.optimize(model, RECIPE, {"input_ids": ids(), "use_cache": False}, compile=False)
     path = tmp_path_factory.mktemp("artifact") / "model.pt2"
     fast.save(path, max_length=48, batch_size=2, tokenizer=MINI, options=FAST_BUILD)
     return types.SimpleNamespace(path=path, model=model, fast=fast, reference=dequantized(model))
+
+
+@pytest.fixture(scope="session")
+def packed_cache(tmp_path_factory):
+    """The same with caches in int8, of 45 tokens, so that rows of scales are at odd addresses: `path`, `reference`."""
+    model = two_layers()
+    fast = aograph.optimize(model, f"{RECIPE} + kv8", {"input_ids": ids(), "use_cache": False}, compile=False)
+    path = tmp_path_factory.mktemp("artifact") / "model.pt2"
+    fast.save(path, max_length=45, batch_size=2, options=FAST_BUILD)
+    return types.SimpleNamespace(path=path, reference=dequantized(model))
 
 
 @pytest.fixture(scope="session")

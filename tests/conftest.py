@@ -20,7 +20,8 @@ hypothesis.settings.load_profile("same")
 def pytest_collection_modifyitems(items):
     """Skips what needs a GPU where there is none; parallel runs keep together what shares an artifact or a file."""
     for item in items:
-        shared = next((name for name in ("language_model", "few_tokens") if name in item.fixturenames), item.path.stem)
+        artifacts = "language_model", "packed_cache", "few_tokens"
+        shared = next((name for name in artifacts if name in item.fixturenames), item.path.stem)
         item.add_marker(pytest.mark.xdist_group(shared))
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

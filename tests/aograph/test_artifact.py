@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from aograph.kernels.kv_cache import INT8
 
 import aograph
 from aograph import ArtifactError, InputError, archive, environment
-from aograph.artifact import Gate, load
-from aograph.decoding import StaticRows
+from aograph.artifact import Gate, inspect, load, summary
+from aograph.decoding import StaticRows, cache_shapes, run
 from tests.models.zoo import MINI, ids
 
 
@@ -163,6 +164,103 @@ def test_a_step_writes_the_keys_and_values_of_its_tokens_only(artifact, language
     for old, new in zip(before, cache, strict=True):
         changed = (old != new).any(-1).any(1)  # [rows, S]
         assert changed.nonzero().tolist() == [[0, 3], [1, 17]]
+
+
+# --- packed caches -----------------------------------------------------------------------------------------
+
+
+class Rounded(StaticRows):
+    """A cache of floats that holds what a packed one stands for."""
+
+    def update(self, keys, values, layer, *_, **__):
+        rounded = [INT8.dequantize(*INT8.quantize(new), torch.float32) for new in (keys, values)]
+        return super().update(*rounded, layer)
+
+
+class Reference:
+    """The steps of an artifact, by the model that its packed weights stand for."""
+
+    def __init__(self, model, cache):
+        self.model, self.cache = model, cache
+
+    @torch.no_grad()
+    def step(self, tokens, positions, rows=slice(None)):
+        cache = [tensor[rows] for tensor in self.cache]
+        layers = list(zip(cache[::2], cache[1::2], strict=True))
+        return run(self.model, tokens, positions, Rounded(layers, positions), self.cache[0].shape[2])
+
+    def prefill(self, tokens, row):
+        return self.step(tokens, torch.arange(tokens.shape[1])[None], slice(row, row + 1))
+
+
+@pytest.fixture(scope="module")
+def packed(packed_cache):
+    return load(packed_cache.path)
+
+
+@pytest.fixture
+def reference(packed_cache):
+    shapes = cache_shapes(packed_cache.reference, 45)
+    return Reference(packed_cache.reference, [t for s in shapes for t in s.empty(2, 45, torch.device("cpu"))])
+
+
+def close(found, expected, largest=2e-3):
+    """A code may be another where two ways to round meet halfway."""
+    assert (found - expected).norm() < largest * expected.norm()
+
+
+def test_packed_caches_hold_what_is_rounded(packed, reference):
+    cache = packed.new_cache()
+    assert cache[2].data_ptr() % 64 == 0 and cache[1][1:].data_ptr() % 16, "rows of scales are not aligned"
+    a, b = ids(1, 9), ids(1, 4) + 300
+    found = [packed.prefill(a, cache, 0), packed.prefill(b, cache, 1)]
+    expected = [reference.prefill(a, 0), reference.prefill(b, 1)]
+    places = torch.tensor([[9], [4]])
+    for _ in range(6):
+        found, expected = torch.cat(found), torch.cat(expected)
+        close(found, expected)
+        tokens = expected.argmax(-1, keepdim=True)
+        found, expected = [packed.decode(tokens, places, cache)], [reference.step(tokens, places)]
+        places = places + 1
+    stored = [INT8.dequantize(*pair, torch.float32) for pair in zip(cache[::2], cache[1::2], strict=True)]
+    for mine, theirs in zip(stored, reference.cache, strict=True):
+        close(mine, theirs)
+        assert mine[0, :, :15].any() and not mine[0, :, 15:].any() and not mine[1, :, 10:].any()
+
+
+def test_packed_caches_change_little(packed, packed_cache):
+    prompt = ids(2, 12)
+    cache = packed.new_cache()
+    found = torch.cat([packed.prefill(text[None], cache, row) for row, text in enumerate(prompt)])
+    with torch.no_grad():
+        expected = packed_cache.reference(prompt, use_cache=False).logits[:, -1]
+    assert 0 < (found - expected).norm() < 0.02 * expected.norm()
+    torch.testing.assert_close(packed.generate(prompt, 8), greedy(packed_cache.reference, prompt, 8))
+
+
+def test_a_row_of_a_packed_cache_is_used_again(packed, reference):
+    cache = packed.new_cache()
+    packed.prefill(ids(1, 30) + 700, cache, 1)
+    text = ids(1, 5)
+    close(packed.prefill(text, cache, 1), reference.prefill(text, 1))
+    tokens, places = torch.tensor([[0], [7]]), torch.tensor([[0], [5]])
+    close(packed.decode(tokens, places, cache)[1], reference.step(tokens, places)[1])
+
+
+def test_the_bytes_of_packed_caches(packed, packed_cache):
+    of_token = 2 * 2 * 2 * (64 + 4)  # layers, keys and values, heads; codes and a scale
+    assert packed.generation["cache_token_bytes"] == of_token
+    assert sum(tensor.nbytes for tensor in packed.new_cache()) == 2 * 45 * of_token
+    assert f"int8: {of_token} bytes a token, 49 KB for 2 × 45 tokens" in summary(inspect(packed_cache.path))
+
+
+@pytest.mark.parametrize("graph", ["prefill", "decode"])
+def test_positions_outside_of_packed_caches(packed, graph):
+    rows = 1 if graph == "prefill" else 2
+    tokens = torch.zeros(rows, 3 - rows, dtype=torch.int64)
+    for wrong in (45, -1):
+        with pytest.raises(InputError, match=f"positions holds {wrong}; the graph takes 0 to 44"):
+            packed.graphs[graph].flat([tokens, torch.full_like(tokens, wrong), *packed.new_cache(rows)])
 
 
 @pytest.mark.parametrize(

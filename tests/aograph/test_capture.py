@@ -96,6 +96,16 @@ def test_positional_and_keyword_arguments_in_any_order(args, kwargs):
         torch.testing.assert_close(outputs(captured.program, *flat)[0], model(*args, **order).detach())
 
 
+def test_a_tensor_that_is_given_twice_is_two_inputs():
+    class Sum(nn.Module):
+        def forward(self, x, y, *, z):
+            return x - 2 * y + 4 * z["deep"][0]
+
+    x, y, z = (torch.randn(3, 64) for _ in range(3))
+    program = capture(Sum(), (x, x), {"z": {"deep": [x]}}).program
+    assert torch.equal(outputs(program, x, y, z)[0], x - 2 * y + 4 * z)
+
+
 def test_structures_go_in_and_out():
     class Nested(nn.Module):
         def forward(self, inputs):

@@ -23,7 +23,7 @@ from tests.models.zoo import build, ids
 def test_steps_at_their_own_positions_give_what_the_model_does(name):
     model, _ = build(name)
     shapes = cache_shapes(model, 16)
-    step = step_of(model, 16)
+    step = step_of(model, len(shapes), 16)
     cache = [tensor for shape in shapes for tensor in shape.empty(2, 16, torch.device("cpu"))]
     texts = [ids(1, 9), ids(1, 5) + 7]
     with torch.no_grad():
@@ -40,7 +40,7 @@ def test_steps_at_their_own_positions_give_what_the_model_does(name):
 
 def test_a_step_shares_the_names_and_tensors_of_its_model():
     model, _ = build("llama")
-    step = step_of(model, 16)
+    step = step_of(model, 2, 16)
     assert dict(step.named_parameters()).keys() == dict(model.named_parameters()).keys()
     assert all(a is b for a, b in zip(step.parameters(), model.parameters(), strict=True))
     assert "forward" not in vars(model)

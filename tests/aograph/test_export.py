@@ -1,18 +1,34 @@
 import warnings
 from dataclasses import replace
 from hashlib import sha256
+from types import SimpleNamespace
 
 import pytest
 import torch
+from aograph.kernels.kv_cache import INT4, INT8
 from torch import nn
 
 import aograph
-from aograph import InputError, LinearStatistics, archive, export
+from aograph import (
+    KV4,
+    KV8,
+    KVFP8,
+    CompileError,
+    InputError,
+    Int8WeightOnly,
+    Keep,
+    LinearStatistics,
+    Rule,
+    archive,
+    export,
+)
 from aograph.artifact import inspect, load
-from aograph.decoding import cache_shapes
+from aograph.decoding import CacheShape, cache_shapes
 from tests.artifacts import FAST_BUILD
 from tests.models.zoo import MINI, build, ids
 from tests.small_models import MLP, Branching
+
+SHAPE = CacheShape(2, 64, 64, torch.float32)
 
 
 def optimized(model=None, *inputs, **options):
@@ -95,6 +111,59 @@ def test_what_the_file_says(language_model):
     assert prefill["ranges"] == {symbol: [2, 48]}
     assert [value["written"] for value in prefill["inputs"]] == [False, False, True, True, True, True]
     assert about["graphs"]["forward"]["report"]["bytes_after"] == language_model.fast.report.bytes_after
+
+
+def test_caches_of_other_formats(tmp_path):
+    """Keys in four bits, values in floating point, of a model in bf16, for one row."""
+    model, _ = build("llama")
+    model = model.to(torch.bfloat16)
+    rules = [Rule(KV4()), *(Rule(KVFP8(), name=f"value_{layer}", optional=True) for layer in range(2))]
+    with pytest.warns(UserWarning, match="rewrote nothing"):
+        fast = aograph.optimize(model, rules, {"input_ids": ids(), "use_cache": False}, compile=False)
+    fast.save(tmp_path / "model.pt2", max_length=24, options=FAST_BUILD)
+    artifact = load(tmp_path / "model.pt2")
+    rows = inspect(tmp_path / "model.pt2")["graphs"]["decode"]["report"]["rows"]
+    assert ["keys by token" in row["notes"] for row in rows if row["kind"] == "cache"] == [True, False] * 2
+    cache = artifact.new_cache()
+    codes = {tensor.dtype for tensor in cache if tensor.itemsize == 1}
+    assert codes == {torch.uint8, torch.float8_e4m3fn}
+    assert sum(tensor.nbytes for tensor in cache) == 24 * 2 * 2 * (32 + 2 * 2 * 2 + 64 + 4)
+    text = ids(1, 12)
+    artifact.prefill(text[:, :11], cache)
+    found = artifact.decode(text[:, 11:], torch.tensor([[11]]), cache).float()
+    with torch.no_grad():
+        expected = model(text, use_cache=False).logits[:, -1].float()
+    assert 0 < (found - expected).norm() < 0.15 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "recipe, notes",
+    [
+        ("int8wo", []),
+        ("int8wo + kv4", ["caches that are not packed: key_0, value_0, key_1, value_1: int4: a head of 24; expected"]),
+        ([Rule(Int8WeightOnly()), Rule(KV8()), Rule(Keep(), name="re:(key|value)_.*", optional=True)], []),
+    ],
+)
+def test_caches_that_are_not_packed(recipe, notes):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=128, n_embd=96, n_layer=2, n_head=4, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    fast = aograph.optimize(model, recipe, {"input_ids": ids(), "use_cache": False}, compile=False)
+    graphs = export.step_graphs(fast, model, cache_shapes(model, 16), 2, 16)
+    found = export.unpacked(graphs["decode"].program)
+    assert len(found) == len(notes) and all(map(str.startswith, found, notes)), found
+    assert graphs["decode"].names[2:] == ["key_0", "value_0", "key_1", "value_1"]
+
+
+def test_steps_that_would_read_a_cache_in_two_forms():
+    def program(form):
+        return SimpleNamespace(caches=[SimpleNamespace(format=form, row=SimpleNamespace(name="key_0"))])
+
+    (shape,) = export.packed_shapes([SHAPE], {"prefill": program(INT8), "decode": program(INT8)})
+    assert shape.key_format is INT8 and shape.value_format is None
+    for other in (INT4, None):
+        with pytest.raises(CompileError, match="key_0 is not in the same form in prefill and in decode"):
+            export.packed_shapes([SHAPE], {"prefill": program(INT8), "decode": program(other)})
 
 
 class Lookups(nn.Module):
@@ -191,10 +260,11 @@ def test_on_a_gpu(recipe, tokens, tmp_path):
 
 
 @pytest.mark.cuda
-def test_a_language_model_on_a_gpu(tmp_path):
+@pytest.mark.parametrize("recipe", ["int4wo", "int4wo + kv8", "int4wo + kvfp8"])
+def test_a_language_model_on_a_gpu(recipe, tmp_path):
     model, inputs = build("llama")
     model = model.to("cuda", torch.bfloat16)
-    fast = aograph.optimize(model, "int4wo", {**inputs, "input_ids": inputs["input_ids"].cuda()}, compile=False)
+    fast = aograph.optimize(model, recipe, {**inputs, "input_ids": inputs["input_ids"].cuda()}, compile=False)
     fast.save(tmp_path / "model.pt2", max_length=48, batch_size=2)
     artifact = load(tmp_path / "model.pt2")
     assert "triton" in {kernel for _, kernel, _ in artifact.about["graphs"]["decode"]["kernels"]}
@@ -203,5 +273,5 @@ def test_a_language_model_on_a_gpu(tmp_path):
     cache = artifact.new_cache()
     logits = torch.cat([artifact.prefill(prompt[row : row + 1], cache, row) for row in range(2)])
     expected = fast(input_ids=prompt, use_cache=False).logits[:, -1]
-    assert (logits - expected).norm() <= 3e-2 * expected.norm()
+    assert (logits - expected).norm() <= (6e-2 if "kv" in recipe else 3e-2) * expected.norm()
     assert found.shape == (2, 25) and torch.equal(found, artifact.generate(prompt, 16))

@@ -176,12 +176,12 @@ def test_a_failing_pass_leaves_a_reproducer(work, message, dynamic):
         run(program, Recipe.of("int4wo(group_size=32)"), disable=["merge_linears"], passes=[*PASSES, failing])
     assert "disable=['failing']" in str(caught.value)
     folder = Path(str(caught.value).rpartition("aograph reproduce ")[2])
-    module, inputs, shapes, recipe, disable = load(folder)
-    assert recipe == Recipe.of("int4wo(group_size=32)") and disable == ["merge_linears"]
+    module, inputs, shapes, recipe, how = load(folder)
+    assert recipe == Recipe.of("int4wo(group_size=32)") and how["disable"] == ["merge_linears"]
     again = pipeline_input(module, inputs, shapes)
     assert again.canonical().count("\n") == before.count("\n")  # the graph before any pass
     with pytest.raises(PassError, match=message):
-        run(again, recipe, disable=disable, passes=[*PASSES, failing])
+        run(again, recipe, disable=how["disable"], passes=[*PASSES, failing])
 
 
 def pipeline_input(module, inputs, shapes):

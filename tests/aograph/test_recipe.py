@@ -32,6 +32,7 @@ class Candidate:
     operator: str = "linear"
     module: str = "torch.nn.modules.linear.Linear"
     shape: Shape | None = SHAPE
+    kind: str = "linear"
 
 
 # --- strings -----------------------------------------------------------------------------------------------

@@ -40,6 +40,13 @@ def loaded(program, folder, recipe=INT8):
     return capture(module, inputs, {}, shapes).program
 
 
+def test_private_inputs(tmp_path):
+    program = program_of(MLP(), X)
+    program.private = frozenset(["x"])
+    *_, how = load(write(snapshot(program), INT8, ["merge_linears"], folder=tmp_path))
+    assert how == {"disable": ["merge_linears"], "private": ["x"]}
+
+
 PROGRAMS = {
     "mlp": lambda dynamic: program_of(MLP(), X, dynamic=dynamic),
     "a written buffer": lambda dynamic: program_of(Counting(), X, dynamic=dynamic),

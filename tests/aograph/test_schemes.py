@@ -1,8 +1,12 @@
 import dataclasses
 
 import pytest
+from aograph.kernels.kv_cache import KVFormat
 
 from aograph import (
+    KV4,
+    KV8,
+    KVFP8,
     Float8Dynamic,
     Float8DynamicSparse24,
     Float8WeightOnly,
@@ -25,7 +29,8 @@ def test_presets():
         "int8dq-sparse24": Int8DynamicSparse24,
         "float8dq-sparse24": Float8DynamicSparse24,
     }
-    assert {"none": Keep, **weight_only, **dynamic, **sparse} == PRESETS
+    caches = {"kv8": KV8, "kv4": KV4, "kvfp8": KVFP8}
+    assert {"none": Keep, **weight_only, **dynamic, **sparse, **caches} == PRESETS
 
 
 @pytest.mark.parametrize("scheme", PRESETS.values(), ids=PRESETS.keys())
@@ -50,6 +55,7 @@ def test_a_scheme_is_a_documented_frozen_value(scheme):
         (Int8DynamicSparse24(algorithm="mse", method="wanda"), "int8dq-sparse24(algorithm=mse, method=wanda)"),
         (Float8Dynamic("block"), "float8dq(granularity=block)"),
         (Float8Dynamic(activation="static"), "float8dq(activation=static)"),
+        (KV4(keys="token"), "kv4(keys=token)"),
     ],
 )
 def test_text(scheme, text):
@@ -71,6 +77,8 @@ def test_text(scheme, text):
         (lambda: Int8Dynamic(activation="dynamics"), "int8dq: activation='dynamics' is unknown"),
         (lambda: Float8Dynamic("rows"), "float8dq: granularity='rows' is unknown; did you mean 'row'"),
         (lambda: Float8Dynamic(activation="statics"), "float8dq: activation='statics' is unknown"),
+        (lambda: KV4(48), "kv4: group_size=48 is unknown; "),
+        (lambda: KV4(keys="tokens"), "kv4: keys='tokens' is unknown; did you mean 'token'"),
         (lambda: Float8Dynamic("block", "static"), "float8dq: blocks have no static scale"),
     ],
 )
@@ -120,3 +128,11 @@ def test_nearest():
     assert nearest("int4w", PRESETS) == "did you mean 'int4wo'?"
     assert nearest("xyz", ["a", "b"]) == "valid: a, b"
     assert nearest("xyz", [f"layer{i}" for i in range(100)]).endswith("… (100 in all)")
+
+
+def test_keys_are_packed_by_channel_and_values_by_token():
+    assert KV4(64).packed_format(keys=True) == KVFormat("int4", 4, block=64)
+    for form in (KV4(64).packed_format(keys=False), KV4(64, "token").packed_format(keys=True)):
+        assert form == KVFormat("int4", 4, 64)
+    assert KV8().packed_format(keys=True) == KV8().packed_format(keys=False)
+    assert KV4().refuse_head(48, keys=True) is None and "a head of 48" in KV4().refuse_head(48, keys=False)

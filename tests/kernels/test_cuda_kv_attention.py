@@ -9,7 +9,7 @@ from aograph.kernels import cuda, cuda_kv_attention, nvrtc
 from aograph.kernels.cuda_kv_attention import LEAST, UNIT, Sizes, blocks_of
 from aograph.kernels.cuda_linear import CAPABILITIES, SHARED
 from aograph.kernels.kv_attention import kv_attention
-from aograph.kernels.kv_cache import FP8, INT4, INT8, CacheCase, KVFormat
+from aograph.kernels.kv_cache import FP8, INT4, INT4_CHANNEL, INT8, CacheCase, KVFormat
 from aograph.kernels.kv_update import kv_update
 
 FORMATS = [INT8, FP8, INT4, KVFormat("int4", 4, 64)]
@@ -159,6 +159,7 @@ def test_what_is_supported_fits(form, D, there):
     [
         ({"device": "cpu"}, "CUDA only"),
         ({"capability": (8, 0)}, "compute capability 9.0"),
+        ({"keys": INT4_CHANNEL}, "no keys by channel"),
         ({"dtype": torch.float32}, "bf16 and fp16"),
         ({"M": None}, "T is unknown"),
         ({"M": 16}, "few query rows of a KV head only, not 64"),

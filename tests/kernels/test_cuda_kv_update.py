@@ -9,7 +9,7 @@ import pytest
 import torch
 from aograph.kernels import cuda, cuda_kv_update, nvrtc
 from aograph.kernels.cuda_linear import CAPABILITIES
-from aograph.kernels.kv_cache import FP8, INT4, INT8, CacheCase, KVFormat
+from aograph.kernels.kv_cache import FP8, INT4, INT4_CHANNEL, INT8, CacheCase, KVFormat
 from aograph.kernels.kv_update import kv_update
 
 FORMATS = [INT8, FP8, INT4, KVFormat("int4", 4, 64), KVFormat("int8", 8, 32)]
@@ -69,6 +69,7 @@ def test_what_is_not_supported_has_a_reason(monkeypatch):
     assert cuda_kv_update.supports(CASE) is True
     for change, reason in [
         ({"keys": KVFormat("int8", 8, 16)}, "groups"),
+        ({"keys": INT4_CHANNEL}, "no keys by channel"),
         ({"device": "cpu"}, "CUDA only"),
         ({"capability": (8, 0)}, "compute capability 9.0"),
         ({"K": 2048}, "head size"),

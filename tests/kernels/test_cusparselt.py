@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from aograph.kernels import cusparselt
+from aograph.kernels.cusparselt import Algorithm
 from aograph.kernels.prune24 import prune24
 from aograph.kernels.sparse24_linear import pack, sparse24_linear
 
@@ -124,3 +125,9 @@ def test_captured_in_a_cuda_graph_and_filled_again():
     sparse24_linear.prepare(*packed)
     graph.replay()
     torch.testing.assert_close(y, torch.nn.functional.linear(x, new, bias), rtol=2e-2, atol=2e-1)
+
+
+def test_no_search_in_fp16(library):
+    weight = prune24(torch.randn(32, 64)).half()
+    cusparselt.product(torch.randn(8, 64).half(), *pack(weight))
+    assert not library.searches and library.products == [Algorithm()._asdict()]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from aograph.kernels import kv_attention as module
 from aograph.kernels.kv_attention import kv_attention as op
-from aograph.kernels.kv_cache import FP8, INT4, INT8, CacheCase, KVFormat
+from aograph.kernels.kv_cache import FP8, INT4, INT4_CHANNEL, INT8, CacheCase, KVFormat
 from aograph.kernels.kv_update import kv_update
 
 FORMATS = [INT8, FP8, INT4, KVFormat("int8", 8, 32)]
@@ -29,11 +29,14 @@ def caches(form, B, H, S, D, Dv=None, values=None):
     return *form.quantize(torch.randn(B, H, S, D)), *values.quantize(torch.randn(B, H, S, Dv or D) + 0.3)
 
 
-def expected_of(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window):
+def expected_of(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, held=None):
     """One token at a time, in float64, over nothing but the positions that it sees."""
-    keys, values = op.format_of(k, k_scales), op.format_of(v, v_scales)
-    (B, Hq, T, _), (_, H, S, _) = q.shape, k.shape
+    keys, values = op.format_of(k, k_scales, k_window), op.format_of(v, v_scales)
+    (B, Hq, T, _), (_, H, S, _) = q.shape, v.shape
     k, v = keys.dequantize(k, k_scales, torch.float64), values.dequantize(v, v_scales, torch.float64)
+    for b in range(B if k_window is not None else 0):
+        first = int(held[b]) * keys.block
+        k[b, :, first : first + keys.block] = k_window[b].double()
     y = torch.zeros(B, Hq, T, v.shape[3], dtype=torch.float64)
     for b, h, t in itertools.product(range(B), range(Hq), range(T)):
         p = int(positions[b, t])
@@ -231,6 +234,9 @@ def test_the_case_and_the_registration(form):
     torch.library.opcheck(op.overload, arguments, test_utils=checks)
 
 
+CASE = CacheCase("cpu", torch.float32, None, 32, 32)
+
+
 class Attention(torch.nn.Module):
     """One layer of a decoder that keeps its own packed cache."""
 
@@ -275,4 +281,163 @@ def test_decoding_step_by_step_in_graphs(form, fresh_compiler):
         torch.testing.assert_close(steps(exported.module(), x), expected)
 
 
-CASE = CacheCase("cpu", torch.float32, None, 32, 32)
+# --- keys by channel ---------------------------------------------------------------------------------------
+
+
+def by_channel(B, H, S, D, held, block=8, values=INT4, dtype=torch.float32):
+    """The packed tensors of keys by channel and of values, and then the window and what it holds: random blocks."""
+    form = KVFormat("int4", 4, block=block)
+    k, k_scales, window, _ = form.pack(torch.randn(B, H, S, D) * 3)
+    window = torch.randn_like(window).to(dtype)  # unlike the codes of that block, which say nothing
+    return (k, k_scales, *values.quantize(torch.randn(B, H, S, 32))), (window, torch.tensor(held))
+
+
+@floats
+@pytest.mark.parametrize("T", [1, 3, 20])
+@pytest.mark.parametrize("S", [8, 37, 40])
+@pytest.mark.parametrize("block", [1, 5, 8, 16, 64])
+def test_keys_by_channel(block, S, T, dtype):
+    """Windows at the front, at the end and behind positions that tokens see; query heads 1 and 4 for a KV head."""
+    B, H, D = 4, 2, 32
+    last = (S - 1) // block
+    positions = torch.tensor([S - 1, S // 2, 2, S - 1])[:, None] - torch.arange(T).flip(0)
+    for G in (1, 4):
+        tensors, window = by_channel(B, H, S, D, [last, min(1, last), last, 0], block, dtype=dtype)
+        q = torch.randn(B, T, G * H, D).to(dtype).transpose(1, 2)
+        check(q, *tensors, positions, None, None, D**-0.5, 0.0, 0, *window)
+
+
+@pytest.mark.parametrize("values", FORMATS)
+@pytest.mark.parametrize("window", [0, 1, 9, 1000])
+@pytest.mark.parametrize("padded", [False, True])
+def test_padding_windows_and_masks_with_keys_by_channel(padded, window, values):
+    B, H, S, D, T = 3, 2, 38, 32, 3
+    start = torch.tensor([0, 17, 33]) if padded else None
+    positions = torch.tensor([[3, 4, 5], [18, 25, 20], [35, 37, 34]])
+    for mask in (None, torch.rand(B, 1, T, S) < 0.5):
+        tensors, held = by_channel(B, H, S, D, [0, 3, 4], values=values)
+        check(torch.randn(B, 2 * H, T, D) * 3, *tensors, positions, start, mask, 0.3, 2.0, window, *held)
+
+
+@pytest.mark.parametrize("name", ["reference", "blocks"])
+def test_blocks_that_no_token_sees_do_not_matter(name):
+    (k, k_scales, v, v_scales), (window, held) = by_channel(2, 2, 40, 32, [2, 0])
+    q, positions, start = torch.randn(2, 4, 1, 32), torch.tensor([[17], [20]]), torch.tensor([8, 8])
+    ys = []
+    for bad in (0.0, math.nan):
+        k_scales[:, :, 3:], k_scales[:, :, 0], window[0, :, 2:], window[1] = bad, bad, bad, bad
+        k_scales[0, :, 2] = bad  # the codes of what is in the window
+        arguments = q, k, k_scales, v, v_scales, positions, start, None, 0.1, 0.0, 0, window, held
+        ys.append(op.run(*arguments, implementation=name))
+    assert ys[0].isfinite().all() and ys[0].equal(ys[1])
+
+
+@pytest.mark.parametrize("name", ["reference", "blocks"])
+def test_nan_in_a_window_comes_out(name):
+    tensors, (window, held) = by_channel(2, 2, 40, 32, [2, 2])
+    window[0, 1, 1, 5] = math.nan
+    arguments = torch.full((2, 1), 30), None, None, 0.1, 0.0, 0
+    y = op.run(torch.randn(2, 4, 1, 32), *tensors, *arguments, window, held, implementation=name)
+    assert y[0, 2:].isnan().any(-1).all() and y[0, :2].isfinite().all() and y[1].isfinite().all()
+
+
+def test_nothing_to_compute_by_channel():
+    for B, T, S in ((0, 1, 8), (2, 0, 8), (2, 1, 0)):
+        k, k_scales, *window = INT4_CHANNEL.empty(B, 2, S, 32)
+        positions = torch.zeros(B, T, dtype=torch.int64)
+        kv_update(k, k_scales, torch.randn(B, 2, 0, 32), positions[:, :0], *window)
+        for name in ("reference", "blocks"):
+            arguments = (
+                torch.randn(B, 4, T, 32),
+                k,
+                k_scales,
+                *INT8.empty(B, 2, S, 32),
+                positions,
+                None,
+                None,
+                0.1,
+                0.0,
+                0,
+            )
+            assert op.run(*arguments, *window, implementation=name).equal(torch.zeros(B, 4, T, 32))
+    codes, scales, *window = INT4_CHANNEL.empty(0, 2, 8, 32)
+    kv_update(codes, scales, torch.randn(0, 2, 3, 32), torch.arange(3), *window)
+
+
+def test_arguments_by_channel():
+    (k, k_scales, v, v_scales), (window, held) = by_channel(2, 2, 37, 32, [0, 4])
+    q, positions = torch.randn(2, 4, 3, 32).bfloat16(), torch.zeros(2, 3, dtype=torch.int64)
+    rest = positions, None, None, 0.1, 0.0, 0
+    good = q, k, k_scales, v, v_scales, *rest, window, held
+    keys = KVFormat("int4", 4, block=8)
+    case = CacheCase(
+        "cpu",
+        torch.bfloat16,
+        3,
+        32,
+        32,
+        rows=2,
+        heads=2,
+        queries=2,
+        length=37,
+        keys=keys,
+        values=KVFormat("int4", 4, 32),
+    )
+    assert op.case_of(*good) == case
+    torch.library.opcheck(op.overload, good)
+    for wrong, message in (
+        (
+            (q, k, k_scales, v[:, :, :32], v_scales[:, :, :32], *rest, window, held),
+            r"v is .*expected .*\[2, 2, 40, any\]",
+        ),
+        ((q, k, k_scales, v, v_scales, *rest, window, None), "a window needs held"),
+        ((q, k, k_scales, v, v_scales, *rest, window[:, :1], held), r"window is .*expected .*\[2, 2, 8, 32\]"),
+    ):
+        with pytest.raises(ValueError, match=f"kv_attention: {message}"):
+            op(*wrong)
+
+
+class ByChannel(torch.nn.Module):
+    """One layer of a decoder that keeps its keys by channel."""
+
+    def __init__(self, update, attend):
+        super().__init__()
+        self.update, self.attend = update, attend
+        named = zip(("k", "k_scales", "window", "held"), INT4_CHANNEL.empty(2, 2, 140, 32), strict=True)
+        for name, tensor in (*named, *zip(("v", "v_scales"), INT8.empty(2, 2, 140, 32), strict=True)):
+            self.register_buffer(name, tensor)
+
+    def forward(self, x, positions):
+        self.update(self.k, self.k_scales, x[:, :2], positions, self.window, self.held)
+        self.update(self.v, self.v_scales, x[:, 2:], positions)
+        cache = self.k, self.k_scales, self.v, self.v_scales
+        return self.attend(x, *cache, positions, None, None, 32**-0.5, 0.0, 0, self.window, self.held)
+
+
+def test_decoding_by_channel_in_graphs(fresh_compiler):
+    """Over two whole blocks and into a third that is no whole one."""
+    x = torch.randn(2, 4, 140, 32)
+    expected = steps(ByChannel(kv_update, op), x)
+    v = INT8.dequantize(*INT8.quantize(x[:, 2:]), torch.float32)
+    blocks = INT4_CHANNEL.dequantize(*INT4_CHANNEL.quantize(x[:, :2, :128]), torch.float32)
+    for t in (2, 63, 64, 100, 127, 128, 139):
+        whole = t // 64 * 64
+        k = torch.cat([blocks[:, :, :whole], x[:, :2, whole : t + 1]], 2)
+        y = F.scaled_dot_product_attention(x[:, :, t : t + 1], k, v[:, :, : t + 1], enable_gqa=True)
+        torch.testing.assert_close(expected[:, :, t : t + 1], y)
+    ops = torch.ops.aograph.kv_update, torch.ops.aograph.kv_attention
+    torch.testing.assert_close(steps(torch.compile(ByChannel(*ops), fullgraph=True), x), expected)
+    parts = [lambda *args, op=op: op.apply(op.standalone(CASE, 1, 140), *args) for op in (kv_update, op)]
+    dim = torch.export.Dim("T", max=140)
+    for made in (ops, parts):
+        example = x[:, :, :3].contiguous(), torch.arange(3).repeat(2, 1)
+        exported = torch.export.export(ByChannel(*made), example, dynamic_shapes=({2: dim}, {1: dim}), strict=False)
+        torch.testing.assert_close(steps(exported.module(), x), expected)
+
+
+def test_a_gpu_is_not_waited_for_by_channel():
+    """Tensors on meta have no values that could be asked for."""
+    k, k_scales, *window = INT4_CHANNEL.empty(2, 2, 140, 32, "meta")
+    q, positions = torch.empty(2, 4, 3, 32, device="meta"), torch.empty(2, 3, dtype=torch.int64, device="meta")
+    arguments = q, k, k_scales, *INT8.empty(2, 2, 140, 32, "meta"), positions, positions[:, 0], None, 0.1, 0.0, 0
+    assert op["blocks"].function(*arguments, *window).shape == (2, 4, 3, 32)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from aograph.kernels.kv_cache import CODES, FP8, INT4, INT8, KVFormat
+from aograph.kernels.kv_cache import CODES, FP8, INT4, INT4_CHANNEL, INT8, KVFormat
 from aograph.kernels.kv_update import kv_update
 
 FORMATS = [
@@ -143,3 +143,78 @@ def test_tensors_of_no_format():
             kv_update.fit(*wrong)
     with pytest.raises(ValueError, match=r"int8: a head of 40; expected a multiple of 16"):
         kv_update.fit(torch.zeros(1, 1, 1, 40, dtype=torch.int8), torch.zeros(1, 1, 1, 1))
+
+
+# --- by channel --------------------------------------------------------------------------------------------
+
+
+@floats
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_a_channel_of_a_block_is_what_a_token_is_otherwise(dtype, n):
+    """The same as the format by token makes of each block turned around: channels as tokens, tokens as channels."""
+    by_token, x = KVFormat("int4", 4), torch.randn(2, 3, n * 64, 32).to(dtype)
+    x[..., 5] *= 1e4
+    codes, scales = INT4_CHANNEL.quantize(x)
+    assert codes.shape == (2, 3, n * 64, 16) and scales.shape == (2, 3, n, 32, 2)
+    turned = x.unflatten(2, (n, 64)).mT.contiguous()
+    for wide in (torch.float32, torch.float64):
+        back = by_token.dequantize(*by_token.quantize(turned), wide).mT.flatten(2, 3)
+        assert INT4_CHANNEL.dequantize(codes, scales, wide).equal(back)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_stays_in_its_channel_of_its_block(bad):
+    x = torch.randn(2, 1, 128, 32)
+    x[1, 0, 70, 5] = bad
+    hit = INT4_CHANNEL.dequantize(*INT4_CHANNEL.quantize(x), torch.float32).isnan()
+    assert hit[1, 0, 64:, 5].all() and hit.sum() == 64
+
+
+@pytest.mark.parametrize("S", [1, 63, 64, 65, 200])
+def test_what_a_cache_holds_is_packed_by_channel(S):
+    form = INT4_CHANNEL
+    x = torch.randn(4, 2, S, 32).bfloat16()
+    ends = [0, S // 2, S - 1, S - 1]  # row 0 is empty
+    for row, end in enumerate(ends):
+        x[row, :, end + (row > 0) :] = 0
+    codes, scales, window, held = packed = form.pack(x)
+    for made, (kind, shape) in zip(packed, form.layout(4, 2, S, 32, torch.bfloat16), strict=True):
+        assert made.dtype is kind and made.shape == shape
+    for row in range(4):
+        last = x[row].any(2).any(0).nonzero()
+        block = int(last[-1]) // 64 if len(last) else 0
+        exact = x[row, :, block * 64 : block * 64 + 64]
+        assert held[row] == block and window[row, :, : exact.shape[1]].equal(exact)
+    back = form.dequantize(codes, scales, torch.float32)[:, :, :S]
+    span = x.float().amax((1, 2, 3)) - x.float().amin((1, 2, 3))
+    assert ((back - x.float()).abs().amax((1, 2, 3)) <= span / 15 / 2 * 1.2 + 0.05).all()
+    assert INT4.pack(x)[0].equal(INT4.quantize(x)[0]) and len(INT4.pack(x)) == 2
+
+
+def test_an_empty_cache_by_channel():
+    tensors = INT4_CHANNEL.empty(2, 3, 70, 96, dtype=torch.bfloat16)
+    assert not any(each.any() for each in tensors) and tensors[2].dtype is torch.bfloat16
+    assert INT4_CHANNEL.token_bytes(128) == 72 and [INT4_CHANNEL.positions(S) for S in (0, 64, 65)] == [0, 64, 128]
+    assert sum(each.nbytes for each in tensors[:2]) == 2 * 3 * 128 * INT4_CHANNEL.token_bytes(96)
+    found, D = kv_update.fit(*tensors)
+    assert D == 96 and found == INT4_CHANNEL
+
+
+def test_tensors_of_no_cache_by_channel():
+    codes, scales, window, held = good = INT4_CHANNEL.empty(1, 2, 128, 32)
+    kv_update.fit(*good)
+    for wrong, message in (
+        ((codes, scales, window, None), "a window needs held"),
+        ((codes, scales, None, held), "a window needs held"),
+        (
+            (codes[:, :, :100], scales, window, held),
+            "codes have 100 positions; expected whole blocks of the window's 64",
+        ),
+        ((codes, scales[:, :, :1], window, held), r"scales is .*; expected torch.bfloat16 \[1, 2, 2, 32, 2\] on cpu"),
+        ((codes, scales, window[0], held), r"the window is .*; expected \[B, H, W, D\] beside codes of int4"),
+        ((codes, scales, window.double(), held), r"window is torch.float64"),
+        ((codes, scales, window, held.int()), r"held is torch.int32 \[1\] on cpu; expected torch.int64 \[1\]"),
+        ((*INT8.empty(1, 2, 128, 32), window, held), r"the window is .* beside codes of int8; expected .* int4"),
+    ):
+        with pytest.raises(ValueError, match=f"kv_update: {message}"):
+            kv_update.fit(*wrong)

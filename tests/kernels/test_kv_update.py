@@ -143,3 +143,206 @@ def test_its_parts_in_a_graph(form):
 
 
 CASE = CacheCase("cpu", torch.float32, None, D, D)
+
+
+# --- by channel --------------------------------------------------------------------------------------------
+
+CHANNEL = KVFormat("int4", 4, block=8)
+both = pytest.mark.parametrize("asks", [True, False], ids=["asks", "as on a GPU"])
+
+
+def state(dtype=torch.float32, filled=False, length=S):
+    x = torch.randn(B, H, length, D) if filled else torch.zeros(B, H, length, D)
+    return CHANNEL.pack(x.to(dtype))
+
+
+def expected_of(cache, new, positions):
+    """The cache after the update: token by token, each into its block as it is; all blocks but the last are rounded."""
+    codes, scales, window, held = (each.clone() for each in cache)
+    for b in range(B if new.shape[2] else 0):
+        blocks = {int(held[b]): window[b].clone()}
+        for t, p in enumerate((positions if positions.dim() == 1 else positions[b]).tolist()):
+            block = last = p // 8
+            if block not in blocks:
+                stored = codes[b, :, block * 8 : block * 8 + 8], scales[b, :, block : block + 1]
+                blocks[block] = CHANNEL.dequantize(*stored, torch.float32).to(window.dtype)
+            blocks[block][:, p % 8] = new[b, :, t].to(window.dtype)
+        window[b], held[b] = blocks.pop(last), last
+        for block, values in blocks.items():
+            codes[b, :, block * 8 : block * 8 + 8], scales[b, :, block : block + 1] = CHANNEL.quantize(values)
+    return codes, scales, window, held
+
+
+def values_of(cache):
+    """[B, H, P, D] float64: what a cache by channel stands for."""
+    codes, scales, window, held = cache
+    values = CHANNEL.dequantize(codes, scales, torch.float64)
+    for b, block in enumerate(held.tolist()):
+        values[b, :, block * 8 : block * 8 + 8] = window[b].double()
+    return values
+
+
+def check(cache, steps):
+    """Runs the steps (first position of each row, T) and compares the cache after each."""
+    for first, T in steps:
+        new = torch.randn(B, T, H, D).transpose(1, 2).to(cache[2].dtype)
+        new[0, 0] *= 100
+        first = torch.tensor(first).expand(B)
+        positions = first[:, None] + torch.arange(T)
+        expected = expected_of(cache, new, positions)
+        codes, scales, window, held = cache
+        kv_update(codes, scales, new, positions, window, held)
+        assert held.equal(expected[3]) and window.equal(expected[2])
+        assert values_of(cache).equal(values_of(expected))
+
+
+@pytest.fixture
+def as_asked(asks, monkeypatch):
+    if not asks:
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+
+
+STEPS = {
+    "one by one": [([0, 0], 1), *(([t, t], 1) for t in range(1, S))],
+    "all at once": [(0, S)],
+    "whole blocks": [(0, 8), (8, 16)],
+    "a prefill, then one by one": [(0, 13), *((t, 1) for t in range(13, S))],
+    "in chunks": [(0, 3), (3, 3), (6, 9), (15, 2), (17, 4)],
+    "ragged": [([0, 5], 6), ([6, 11], 1), ([7, 12], 1), ([8, 13], 5), ([13, 18], 3)],
+    "back within a block": [(0, 6), (3, 2), (5, 1), (6, 1)],
+    "back to earlier blocks": [(0, 18), ([14, 2], 1), ([15, 3], 1), ([16, 4], 3), ([19, 7], 2)],
+    "back and over what was held": [(0, 18), ([6, 15], 6), ([12, 3], 9)],
+    "a new beginning": [(0, 20), (0, 1), (1, 1), (2, 8), (10, 1)],
+    "after padding": [([3, 14], 2), ([5, 16], 5)],
+    "nothing": [(0, 3), (3, 0)],
+}
+
+
+@both
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_are_rounded_when_the_row_leaves_them(steps, dtype, asks, as_asked):
+    for filled in (False, True):
+        check(state(dtype, filled), steps)
+
+
+@both
+def test_random_steps(asks, as_asked):
+    cache = state(filled=True)
+    for _ in range(100):
+        T = int(torch.randint(0, S, ()))
+        check(cache, [(torch.randint(0, S - T + 1, (B,)).tolist(), T)])
+
+
+@both
+def test_tokens_are_exact_in_the_newest_block_and_near_in_those_before(asks, as_asked):
+    cache, tokens = state(), torch.randn(B, H, S, D)
+    for p in range(S):
+        codes, scales, window, held = cache
+        kv_update(codes, scales, tokens[:, :, p : p + 1], torch.tensor([p]), window, held)
+        values, first = values_of(cache), p // 8 * 8
+        assert values[:, :, first : p + 1].equal(tokens[:, :, first : p + 1].double())
+        blocks = tokens[:, :, :first].unflatten(2, (-1, 8)) if first else tokens[:, :, None, :0]
+        near = (blocks.amax(3) - blocks.amin(3)) / 30 * 1.1 + 0.03 if first else 0
+        off = (values[:, :, :first] - tokens[:, :, :first]).abs()
+        assert not first or (off.unflatten(2, (-1, 8)).amax(3) <= near).all()
+
+
+@both
+def test_nan_by_channel_goes_when_it_is_overwritten(asks, as_asked):
+    codes, scales, window, held = cache = state()
+    tokens = torch.randn(B, H, S, D)
+    bad = tokens.clone()
+    bad[0, 1, 4, 3] = float("nan")
+    kv_update(codes, scales, bad, torch.arange(S), window, held)
+    lost = values_of(cache)[:, :, :S].isnan()
+    assert lost[0, 1, :8, 3].all() and lost.sum() == 8
+    kv_update(codes, scales, tokens, torch.arange(S), window, held)
+    assert values_of(cache).isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [-1, 24, 1 << 40])
+def test_past_the_end_by_channel(wrong):
+    codes, scales, window, held = cache = state(filled=True)
+    before = [each.clone() for each in cache]
+    with pytest.raises(RuntimeError, match="kv_update: a position is outside of the cache, which holds 0 … 23"):
+        kv_update(codes, scales, torch.ones(B, H, 1, D), torch.tensor([[0], [wrong]]), window, held)
+    assert same(cache, before)
+
+
+def test_positions_that_do_not_count_up():
+    codes, scales, window, held = cache = state(filled=True)
+    before = [each.clone() for each in cache]
+    for positions in ([[0, 1], [2, 4]], [[1, 0], [2, 3]], [[1, 1], [1, 2]]):
+        with pytest.raises(RuntimeError, match=r"do not count up by one.*keys=token"):
+            kv_update(codes, scales, torch.ones(B, H, 2, D), torch.tensor(positions), window, held)
+    assert same(cache, before)
+
+
+def test_rows_of_a_larger_cache_by_channel():
+    """A prefill of one row, as of a view of the whole."""
+    codes, scales, window, held = cache = state(filled=True)
+    new, before = torch.randn(1, H, 11, D), [each.clone() for each in cache]
+    kv_update(codes[1:], scales[1:], new, torch.arange(11), window[1:], held[1:])
+    assert same([each[:1] for each in cache], [each[:1] for each in before])
+    expected = expected_of(before, new.expand(B, -1, -1, -1), torch.arange(11))
+    assert values_of(cache)[1].equal(values_of(expected)[1])
+
+
+def test_the_registration_by_channel():
+    codes, scales, window, held = state(filled=True)
+    new = torch.randn(B, H, 2, D).bfloat16()
+    arguments = codes, scales, new, torch.tensor([7, 8]), window, held
+    assert kv_update.case_of(*arguments).keys == CHANNEL
+    torch.library.opcheck(kv_update.overload, arguments)
+
+
+class ByChannel(torch.nn.Module):
+    def __init__(self, update):
+        super().__init__()
+        self.update = update
+        for name, tensor in zip(("codes", "scales", "window", "held"), state(), strict=True):
+            self.register_buffer(name, tensor)
+
+    def forward(self, new, positions):
+        self.update(self.codes, self.scales, new, positions, self.window, self.held)
+        return self.window.sum()
+
+    @property
+    def cache(self):
+        return self.codes, self.scales, self.window, self.held
+
+
+def test_by_channel_in_graphs(fresh_compiler):
+    def parts(*arguments):
+        kv_update.apply(kv_update.standalone(CASE, 1, None), *arguments)
+
+    new = torch.randn(B, H, S, D)
+    tokens = torch.export.Dim("T", max=S)
+    for update in (torch.ops.aograph.kv_update, parts):
+        exported = torch.export.export(
+            ByChannel(update), (new[:, :, :3].contiguous(), torch.arange(3)), strict=False,
+            dynamic_shapes=({2: tokens}, {0: tokens}),
+        )  # fmt: skip
+        assert any("aograph" in str(node.target) for node in exported.graph.nodes) == (update is not parts)
+        modules = [exported.module()]
+        if update is not parts:
+            modules.append(ByChannel(update))
+            modules[1].forward = torch.compile(modules[1].forward, fullgraph=True)
+        for module in modules:
+            expected = state()
+            for first, last in ((0, 1), (1, 2), (2, 9), (9, 12), (6, 21)):
+                call = new[:, :, first:last].contiguous(), torch.arange(first, last)
+                module(*call)
+                expected = expected_of(expected, *call)
+            cache = module.codes, module.scales, module.window, module.held
+            assert values_of(cache).equal(values_of(expected))
+
+
+@pytest.mark.parametrize("T", [1, 5, S])
+def test_a_gpu_is_not_waited_for(T):
+    """Tensors on meta have no values that could be asked for."""
+    codes, scales, window, held = CHANNEL.empty(B, H, S, D, "meta")
+    new, positions = torch.empty(B, H, T, D, device="meta"), torch.empty(B, T, dtype=torch.int64, device="meta")
+    kv_update(codes, scales, new, positions, window, held)
+    kv_update.oracle.function(codes, scales, new, positions, window, held)

@@ -85,7 +85,8 @@ def test_what_is_sparse_has_a_plan_even_where_a_dense_product_is_faster(without_
     without_gpu |= {None: 1.0, DENSE: 1.0, ONE: 5.0, FOUR: 4.0}
     for codes, sparse in KINDS[2:]:
         told = []
-        assert fastest(codes, sparse, told) == FOUR
+        found = fastest(codes, sparse, told)
+        assert found == FOUR and found.behind
         assert (None, 1.0) in [(plan, us) for _, us, _, plan in told]
 
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from aograph.kernels import cuda, cuda_scaled_linear
+from aograph.kernels.cuda_scaled_linear import ScaledPlan
 from aograph.kernels.op import Case
 from aograph.kernels.prune24 import prune24
 from aograph.kernels.sparse24_linear import FROM_TOKENS, pack, pays, sparse24_linear
@@ -115,3 +117,16 @@ def test_where_it_pays(monkeypatch):
     assert pays(replace(gpu, M=FROM_TOKENS - 1)) == f"slower than dense below M = {FROM_TOKENS}"
     assert "multiples of 16" in pays(replace(gpu, K=4100))
     assert "bf16, fp16" in pays(replace(gpu, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("op, dtype", [(sparse24_linear, torch.bfloat16), (SPARSE["int8_scaled_linear"], torch.int8)])
+def test_where_the_own_kernel_pays(op, dtype, monkeypatch):
+    def plan(codes, sparse, M, N, K):
+        assert codes is dtype and sparse
+        return ScaledPlan(1, 1, 4, 1, 128, 64, 8, behind=M == 256)
+
+    monkeypatch.setattr(cuda_scaled_linear, "plan", plan)
+    monkeypatch.setattr(cuda, "available", lambda capability: True)
+    gpu = Case("cuda", torch.bfloat16, 1, 4096, 4096, capability=(9, 0))
+    assert pays(gpu, op) is True and pays(replace(gpu, M=257), op) is True
+    assert pays(replace(gpu, M=256), op) == "slower than dense at M = 256"

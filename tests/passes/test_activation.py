@@ -125,8 +125,17 @@ def test_an_x_that_is_an_input_is_quantized_behind_all_inputs():
 def test_tracing_is_done_once_for_each_kind():
     traced.cache_clear()
     for scale in (0.1, 0.1, 0.2):
-        traced(Int8PerTensor(scale), torch.float32, 2)
+        traced(Int8PerTensor(scale), torch.float32, 2, "cpu")
     assert traced.cache_info().misses == 2
+
+
+@pytest.mark.parametrize("quantize", [int8_per_token, float8_per_token])
+def test_graphs_have_what_suits_the_device_of_x(quantize):
+    """On a GPU no comparison that minds NaN for each number, and no conversion to round it."""
+    slow = {torch.ops.aten.abs.default, torch.ops.aten.round.default}
+    for device, found in (("cpu", True), ("cuda", False)):
+        targets = {node.target for node in traced(quantize, torch.bfloat16, 2, device).nodes}
+        assert bool(targets & slow) is found and (torch.ops.aten.view.dtype in targets) is not found
 
 
 def test_provenance_is_that_of_x():

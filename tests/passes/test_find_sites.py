@@ -153,3 +153,32 @@ def test_a_predicate_on_a_dynamic_m(low, high, taken):
 def test_a_selector_that_matches_nothing():
     with pytest.raises(RecipeError, match="did you mean 'down'"):
         rows_of(MLP(), recipe="dwn:int8wo")
+
+
+class Writing(torch.nn.Module):
+    """Writes buffers of several shapes."""
+
+    def __init__(self):
+        super().__init__()
+        for name, shape in {"count": [], "mean": [4], "table": [2, 4], "cache": [2, 3, 8, 16]}.items():
+            self.register_buffer(name, torch.zeros(shape))
+
+    def forward(self, x):
+        for buffer in (self.count, self.mean, self.table, self.cache):
+            buffer.add_(1)
+        return x + self.cache.sum()
+
+
+def test_caches_are_candidates_of_rules_for_caches():
+    def caches(recipe):
+        program = program_of(Writing(), torch.randn(3))
+        apply(program, "find_sites", recipe=recipe)
+        return [(site.node.target, site.scheme and str(site.scheme)) for site in program.caches], program.rows
+
+    (found, (row,)) = caches("kv8")
+    assert found == [("cache", "kv8")] and (row.name, row.kind, row.tokens) == ("cache", "cache", 16)
+    assert (row.operator, row.shape, row.bytes_before) == ("add_", None, 2 * 3 * 8 * 16 * 4)
+    assert caches("int8wo") == ([], [])
+    found, (row,) = caches("kv8 + cache:none")
+    assert found == [("cache", None)] and (row.outcome, row.notes) == ("excluded", ["excluded by rule 2"])
+    assert caches("int8wo + c*e:kv4")[0] == [("cache", "kv4")]

@@ -23,6 +23,7 @@ REMOVED = {
     "to the same device": plus(lambda x: x.to("cpu", torch.float32)),
     "to another's": plus(lambda x: x.to(x)),
     "float of a float": plus(lambda x: x.float()),
+    "a slice of all": plus(lambda x: torch.ops.aten.slice(x, 0, 0, 2**63 - 1)),
     "dropout": plus(lambda x: F.dropout(x, 0.3, training=False)),
     "feature dropout": plus(lambda x: torch.feature_dropout(x, 0.3, False)),
     "several": plus(lambda x: F.dropout(x.clone().detach().float(), 0.1, False).contiguous()),
@@ -43,6 +44,8 @@ def test_removed(function, dynamic):
 
 
 KEPT = {
+    "a slice of some": (plus(lambda x: x[1:]), "aten.slice"),
+    "a slice in steps": (plus(lambda x: x[:, ::2]), "aten.slice"),
     "a cast": (plus(lambda x: x.double()), "aten.to"),
     "a change of layout": (plus(lambda x: x.t().contiguous()), "aten.contiguous"),
     "a clone in another layout": (

@@ -3,6 +3,7 @@ import torch
 from aograph.patterns.language import (
     Any,
     Builder,
+    Either,
     Match,
     Maybe,
     Miss,
@@ -309,3 +310,20 @@ def test_rewriting_reaches_what_it_feeds():
     assert hits == {"square to relu": 1, "product to exp": 1}
     program.graph_module.recompile()
     assert torch.equal(outputs(program, X)[0], X.relu().exp())
+
+
+def test_either_takes_the_first_that_fits_and_forgets_the_others():
+    node = find(program_of(lambda m, x: (x + 1) * 2, X), "aten.mul")
+    plus = P(aten.add.Tensor, Any("y"), 1, name="plus")
+    wrong = P(aten.mul.Tensor, P(aten.add.Tensor, Any("wrong"), 1), 3)
+    found = match(P(aten.mul.Tensor, Either(wrong, P(aten.add.Tensor, Any("wrong"), 2), plus, Any("rest")), 2), node)
+    assert set(found.bindings) == {"y", "plus"} and found.nodes == [found.plus, node]
+    assert match(P(aten.mul.Tensor, Either(wrong, Any("rest")), 2), node).nodes == [node]
+
+
+def test_the_reason_of_either_is_the_nearest():
+    node = find(program_of(lambda m, x: (x + 1) * 2, X), "aten.mul")
+    near, far = P(aten.add.Tensor, Any(), 5), P(aten.sub.Tensor, Any(), 1)
+    for patterns in ((near, far), (far, near)):
+        assert match(P(aten.mul.Tensor, Either(*patterns), 2), node) == Miss("argument 1 where 5 is needed")
+    assert "not aten.sub" in match(P(aten.mul.Tensor, Either(P(aten.div.Tensor), far), 2), node).reason
