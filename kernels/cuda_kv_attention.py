@@ -15,7 +15,8 @@ from .cuda_linear import CAPABILITIES, SHARED
 from .kv_cache import CacheCase, KVFormat
 from .op import Case, need
 
-KINDS = {"int8": 0, "fp8": 1, "int4": 2}  # as the kernel has them
+KINDS = {"int8": 0, "fp8": 1, "int4": 2}  # as the kernels have them, and
+INPUTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 UNIT, LEAST = 32, 4  # tokens that a warp takes at a time, and how often a block does, at least
 BARRIERS = 1024  # bytes of shared memory ahead of the ring
 MOST_STAGES = 8  # of a warp
@@ -43,8 +44,9 @@ class Sizes:
     def stage(self) -> int:
         """Bytes of a unit: codes and scales of its keys and values."""
         codes = sum(count * width for count, width in map(self.segments, (self.keys, self.values)))
-        scales = sum(form.groups(self.head) * 4 for form in (self.keys, self.values))
-        return UNIT * (codes + scales)
+        forms = self.keys, self.values
+        scales = sum((UNIT * form.groups(self.head) if form.block is None else self.head) * 4 for form in forms)
+        return UNIT * codes + scales
 
     @property
     def warps(self) -> int:
@@ -71,9 +73,13 @@ class Sizes:
         sums = self.warps * self.tiles * 8 * ((self.head + 4) * 4 + 8)
         return BARRIERS + max(self.warps * self.stages * self.stage + self.fragments, sums)
 
-    def defines(self, dtype: torch.dtype, mask: torch.dtype | None) -> dict[str, int]:
-        groups = {form.group_size for form in (self.keys, self.values) if form.asymmetric}
-        return {
+    def defines(
+        self, dtype: torch.dtype, mask: torch.dtype | None, window: torch.dtype | None = None
+    ) -> dict[str, int]:
+        """window: the dtype of that of keys by channel."""
+        groups = grouped(self.keys, self.values)
+        by_channel = {"BLOCK": self.keys.block, "WINDOW": INPUTS[window]} if self.keys.block else {}
+        return by_channel | {
             "FP16": int(dtype is torch.float16),
             "HEAD": self.head,
             "KEYS": KINDS[self.keys.name],
@@ -86,16 +92,22 @@ class Sizes:
         }
 
 
+def grouped(*forms: KVFormat) -> set[int | None]:
+    """The group sizes of those whose codes have scales inside a head."""
+    return {form.group_size for form in forms if form.asymmetric and form.block is None}
+
+
 def supports(case: Case) -> bool | str:
     """Whether the kernel takes a case of `kv_attention`."""
     assert isinstance(case, CacheCase)
-    forms = case.keys, case.values
-    groups = {form.group_size for form in forms if form.asymmetric}
+    forms, block = (case.keys, case.values), case.keys.block
+    groups = grouped(*forms)
     rows = (case.M or 0) * case.queries
     here = need(
         (case.device == "cuda", "runs on CUDA only"),
         (case.capability in CAPABILITIES, "is written for compute capability 9.0"),
-        (case.keys.block is None, "takes no keys by channel"),
+        (block is None or block % UNIT == 0, f"blocks of keys are no multiples of {UNIT} tokens"),
+        (block is None or case.K % 32 == 0, "the head size is no multiple of 32, by channel"),
         (case.dtype in (torch.bfloat16, torch.float16), "takes bf16 and fp16 q only"),
         (case.M is not None, "T is unknown"),
         (case.K == case.N, "keys and values have heads of different sizes"),
@@ -107,7 +119,10 @@ def supports(case: Case) -> bool | str:
         (all(group and group % 32 == 0 for group in groups), "groups of int4 are no multiples of 32"),
         (len(groups) < 2, "groups of keys and values differ"),
         (case.length % 4 == 0, "S is not a multiple of 4"),
-        (case.rows * case.heads * case.length < 1 << 31, "the cache has more than 2³¹ tokens and heads"),
+        (
+            case.rows * case.heads * case.keys.positions(case.length) < 1 << 31,
+            "the cache has more than 2³¹ tokens and heads",
+        ),
         (case.mask in (None, torch.bool, torch.float32, case.dtype), "the mask is of another dtype than q"),
         (rows <= ROWS and -(-rows // 8) * case.K <= SUMS, f"takes few query rows of a KV head only, not {rows}"),
     )
@@ -126,11 +141,13 @@ def attention(
     scale: float,
     softcap: float,
     window: int,
+    k_window: Tensor | None,
+    k_held: Tensor | None,
     case: CacheCase,
 ) -> Tensor:
     """`kv_attention` of a case that `supports` takes. Caches that are not contiguous are copied."""
     B, Hq, T, D = q.shape
-    H, S = k.shape[1:3]
+    H, S = v.shape[1:3]
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not y.numel():
         return y
@@ -139,7 +156,8 @@ def attention(
     rows, pairs = Hq // H * T, B * H
     q, k, k_scales, v, v_scales = (_aligned(each) for each in (q, k, k_scales, v, v_scales))
     positions = positions.contiguous()
-    start = None if start is None else start.contiguous()
+    start, k_held = (None if each is None else each.contiguous() for each in (start, k_held))
+    k_window = None if k_window is None else _aligned(k_window)
     sizes = Sizes(D, -(-rows // 8), case.keys, case.values)
     strides = (0, 0, 0)
     if mask is not None:
@@ -150,18 +168,19 @@ def attention(
     if blocks > 1:
         sums = q.new_empty(pairs, blocks, rows, D, dtype=torch.float32)
         tops = q.new_empty(pairs, blocks, rows, 2, dtype=torch.float32)
-    attend, combine = _kernels(sizes, q.dtype, mask.dtype if mask is not None else None, q.device)
+    dtypes = [None if each is None else each.dtype for each in (mask, k_window)]
+    attend, combine = _kernels(sizes, q.dtype, *dtypes, q.device)
     with torch.cuda.device_of(q):
         boxes = [
-            cuda.boxes(codes.data_ptr(), (pairs * S, codes.shape[3]), 1, (UNIT, width), swizzle=width)
+            cuda.boxes(codes.data_ptr(), (pairs * codes.shape[2], codes.shape[3]), 1, (UNIT, width), swizzle=width)
             for codes, (_, width) in ((k, sizes.segments(case.keys)), (v, sizes.segments(case.values)))
         ]
         seen = positions, start
         attend(
             (pairs * blocks, 1, 1),
             sizes.warps * 32,
-            (q, boxes[0], k_scales, boxes[1], v_scales, *seen, mask, y, sums, tops, float(scale), float(softcap),
-             window, blocks, H, rows, T, S, *strides),
+            (q, boxes[0], k_scales, boxes[1], v_scales, k_window, k_held, *seen, mask, y, sums, tops, float(scale),
+             float(softcap), window, blocks, H, rows, T, S, *strides),
             shared=sizes.shared,
         )  # fmt: skip
         if blocks > 1:
@@ -190,6 +209,8 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 @cache
-def _kernels(sizes: Sizes, dtype: torch.dtype, mask: torch.dtype | None, device: torch.device):
-    defines = sizes.defines(dtype, mask)
+def _kernels(
+    sizes: Sizes, dtype: torch.dtype, mask: torch.dtype | None, window: torch.dtype | None, device: torch.device
+):
+    defines = sizes.defines(dtype, mask, window)
     return [cuda.kernel("kv_attention.cu", name, device, **defines) for name in ("kv_attend", "kv_combine")]

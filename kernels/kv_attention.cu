@@ -8,11 +8,13 @@
 // Both products have codes as the left operand of mma.m16n8k16, so that few rows fill its short side: scores = K · qᵀ,
 // 16 tokens at a time, and yᵀ = Vᵀ · pᵀ, 16 of a head's dimensions at a time, where ldmatrix transposes codes in pairs.
 // Codes of 8 bits are exact in bf16: the scale of a key meets its score, that of a value its probability. int4 becomes
-// bf16(code * scale + minimum). Both products are of bf16, with fp32 sums, where q is fp16 too.
+// bf16(code * scale + minimum). Both products are of bf16, with fp32 sums, where q is fp16 too. Of keys by channel the
+// block that is in the window comes from there, by plain loads: it is two units at most.
 //
 // Defines: FP16 (q and y are fp16, else bf16), HEAD (a multiple of 16, for int4 of 32), KEYS and VALUES (0: int8, 1:
 // e4m3, 2: int4), GROUP (d that share a scale of int4: 32 or a multiple), TILES (of 8 rows), WARPS, STAGES (of a warp's
-// ring), MASK (0: none, 1: bool, 2: as q, 3: fp32).
+// ring), MASK (0: none, 1: bool, 2: as q, 3: fp32); of keys by channel BLOCK, the tokens that share a scale, a multiple of
+// 32, and WINDOW (0: bf16, 1: fp16, 2: fp32).
 // Boxes: 32 tokens of SEGMENT bytes, swizzled by as many.
 
 #define HALF 0
@@ -47,7 +49,12 @@ struct Format {
 };
 typedef Format<KEYS> Keys;
 typedef Format<VALUES> Values;
-constexpr int STAGE = Keys::CODES + Values::CODES, STAGE_SCALES = Keys::SCALES + Values::SCALES; // bytes
+#ifdef BLOCK
+constexpr int KEY_SCALES = HEAD * 4; // bytes of a unit
+#else
+constexpr int KEY_SCALES = Keys::SCALES;
+#endif
+constexpr int STAGE = Keys::CODES + Values::CODES, STAGE_SCALES = KEY_SCALES + Values::SCALES; // bytes
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -170,6 +177,76 @@ __device__ __forceinline__ void scores_of(float (*s)[4], u32 codes, const u32* s
     }
   }
 }
+#ifdef BLOCK
+// The same of int4 by channel: scales [HEAD], of all 16 tokens
+__device__ __forceinline__ void scores_by_channel(float (*s)[4], u32 codes, const uint4* scales, const uint2* q) {
+  const int lane = threadIdx.x % 32, t = lane % 4;
+  constexpr int WIDE = Keys::SEGMENT / 16;
+  const u32 mine = codes + lane % 16 * Keys::SEGMENT, swizzle = (lane % 8 * Keys::SEGMENT / 128 % WIDE ^ lane / 16) * 16;
+#pragma unroll
+  for (int c = 0; c < Keys::CHUNKS; c += 2) {
+    u32 v[4];
+    load_matrices(v, mine + c / WIDE * (UNIT * Keys::SEGMENT) + (c % WIDE * 16 ^ swizzle));
+#pragma unroll
+    for (int k = 0; k < 2 && c + k < Keys::CHUNKS; k++) {
+      const uint4 first = scales[(c + k) * 8 + 2 * t], last = scales[(c + k) * 8 + 2 * t + 1]; // d: 8 t, 8 t + 4 and on
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const u32 a0 = j ? first.z : first.x, a4 = j ? last.z : last.x, a1 = j ? first.w : first.y,
+                  a5 = j ? last.w : last.y;
+        const Scales even = scales_of(permute(a0, a4, 0x5410), permute(a0, a4, 0x7632));
+        const Scales odd = scales_of(permute(a1, a5, 0x5410), permute(a1, a5, 0x7632));
+        const u32 l = v[2 * k] >> 8 * j, h = v[2 * k + 1] >> 8 * j; // tokens g and g + 8
+        const u32 a[4] = {from_4(l, 0, even), from_4(h, 0, even), from_4(l, 1, odd), from_4(h, 1, odd)};
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+          const uint2 b = q[(((c + k) * 2 + j) * TILES + m) * 32 + lane];
+          multiply_add(s[m], a, b.x, b.y);
+        }
+      }
+    }
+  }
+}
+// Eight neighbours of the window in bf16.
+__device__ __forceinline__ uint4 load_window(const u8* window, size_t at) {
+#if WINDOW == 2
+  const uint4 a = load_16(window + at * 4), b = load_16(window + at * 4 + 16);
+  const auto both = [](u32 low, u32 high) { return to_bf16(__uint_as_float(low), __uint_as_float(high)); };
+  return make_uint4(both(a.x, a.y), both(a.z, a.w), both(b.x, b.y), both(b.z, b.w));
+#else
+  const uint4 v = load_16(window + at * 2);
+#if WINDOW == 1
+  const auto both = [](u32 pair) {
+    float low, high;
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(low), "=f"(high) : "r"(pair));
+    return to_bf16(low, high);
+  };
+  return make_uint4(both(v.x), both(v.y), both(v.z), both(v.w));
+#endif
+  return v;
+#endif
+}
+// The same of 16 tokens in the window, [16, HEAD] from element `at` on, as they are.
+__device__ __forceinline__ void scores_of_window(float (*s)[4], const u8* window, size_t at, const uint2* q) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll 2
+  for (int c = 0; c < Keys::CHUNKS; c++) {
+    const uint4 low = load_window(window, at + g * HEAD + c * 32 + 8 * t);
+    const uint4 high = load_window(window, at + (g + 8) * HEAD + c * 32 + 8 * t);
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const u32 l0 = j ? low.y : low.x, l4 = j ? low.w : low.z, h0 = j ? high.y : high.x, h4 = j ? high.w : high.z;
+      const u32 a[4] = {permute(l0, l4, 0x5410), permute(h0, h4, 0x5410), permute(l0, l4, 0x7632),
+                        permute(h0, h4, 0x7632)};
+#pragma unroll
+      for (int m = 0; m < TILES; m++) {
+        const uint2 b = q[((c * 2 + j) * TILES + m) * 32 + lane];
+        multiply_add(s[m], a, b.x, b.y);
+      }
+    }
+  }
+}
+#endif
 // q of the KV head [rows, HEAD] -> its fragments for `scores_of`, [HEAD / 16][TILES][lane]; zeros beyond the rows
 __device__ __forceinline__ void keep_q(uint2* fragments, const u16* q, int rows) {
   for (int i = threadIdx.x; i < Keys::CHUNKS * TILES * 32; i += THREADS) {
@@ -228,16 +305,17 @@ __device__ __forceinline__ void add_values(float (*y)[TILES][4], u32 codes, cons
 }
 
 // q [B, H, rows, HEAD], rows = G T, of which row r is token r % T; caches [B, H, S, HEAD], their scales [B, H, S,
-// GROUPS], 4 bytes each; positions [B, T]; start [B] or null; mask by its strides -> y as q, where a row of the batch
+// GROUPS], 4 bytes each; of keys by channel codes [B, H, P, HEAD], scales [B, H, P / BLOCK, HEAD], window [B, H, BLOCK,
+// HEAD] and held [B]; positions [B, T]; start [B] or null; mask by its strides -> y as q, where a row of the batch
 // has one block; else sums [B H, blocks, rows, HEAD] and, of each, tops [B H, blocks, rows]: the largest score, in
 // powers of 2, and the sum of probabilities, for `kv_combine`. S % 4 = 0. Scores are (q · k) * scale, or cap * tanh of
 // it where cap > 0.
 // Grid: blocks B H.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, const __grid_constant__ Matrix v,
-          const u8* v_scales, const long long* positions, const long long* start, const u8* mask, u16* y, float* sums,
-          float2* tops, float scale, float cap, int window, int blocks, int H, int rows, int T, int S, int mask_row,
-          int mask_head, int mask_token) {
+          const u8* v_scales, const u8* k_window, const long long* k_held, const long long* positions,
+          const long long* start, const u8* mask, u16* y, float* sums, float2* tops, float scale, float cap, int window,
+          int blocks, int H, int rows, int T, int S, int mask_row, int mask_head, int mask_token) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int head = blockIdx.x / blocks, block = blockIdx.x % blocks, b = head / H;
   const u32 full = shared_address(shared), ring = full + BARRIERS;
@@ -269,15 +347,22 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
     const size_t at = (size_t)head * S + token;
     const u32 barrier = full + stage * 8, codes = ring + stage * STAGE;
     const u32 scales = ring + RINGS * STAGE + stage * STAGE_SCALES;
-    barrier_expect(barrier, STAGE + count * 4 * (Keys::GROUPS + Values::GROUPS));
+#ifdef BLOCK
+    const size_t k_at = (size_t)head * ((S + BLOCK - 1) / BLOCK * BLOCK) + token, k_scale = k_at / BLOCK * HEAD;
+    const u32 k_bytes = KEY_SCALES;
+#else
+    const size_t k_at = at, k_scale = at * Keys::GROUPS;
+    const u32 k_bytes = count * Keys::GROUPS * 4;
+#endif
+    barrier_expect(barrier, STAGE + k_bytes + count * 4 * Values::GROUPS);
 #pragma unroll
     for (int i = 0; i < Keys::SEGMENTS; i++)
-      copy_box(codes + i * UNIT * Keys::SEGMENT, k, i * Keys::SEGMENT, at, barrier, policy);
-    copy_bulk(scales, k_scales + at * Keys::GROUPS * 4, count * Keys::GROUPS * 4, barrier, policy);
+      copy_box(codes + i * UNIT * Keys::SEGMENT, k, i * Keys::SEGMENT, k_at, barrier, policy);
+    copy_bulk(scales, k_scales + k_scale * 4, k_bytes, barrier, policy);
 #pragma unroll
     for (int i = 0; i < Values::SEGMENTS; i++)
       copy_box(codes + Keys::CODES + i * UNIT * Values::SEGMENT, v, i * Values::SEGMENT, at, barrier, policy);
-    copy_bulk(scales + Keys::SCALES, v_scales + at * Values::GROUPS * 4, count * Values::GROUPS * 4, barrier, policy);
+    copy_bulk(scales + KEY_SCALES, v_scales + at * Values::GROUPS * 4, count * Values::GROUPS * 4, barrier, policy);
   };
   if (lane == 0)
     for (int stage = warp; stage < min(units, RINGS); stage += WARPS) fetch(stage, stage);
@@ -298,13 +383,16 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
       masks[m][e] = mask + (at + (size_t)token * mask_token) * (MASK == 3 ? 4 : MASK == 2 ? 2 : 1);
     }
   }
-  const float factor = scale * Keys::FACTOR * (cap > 0 ? 1 / cap : LOG2E);
+  const float plain = scale * (cap > 0 ? 1 / cap : LOG2E);
+#ifdef BLOCK
+  const long long held = k_held[b];
+#endif
   int stage = warp, phase = 0;
   for (int unit = warp; unit < units; unit += WARPS) {
     const int token = part.begin + unit * UNIT;
     const u32 codes = ring + stage * STAGE;
     u32* k_pairs = (u32*)(shared + BARRIERS + RINGS * STAGE + stage * STAGE_SCALES);
-    u32* v_pairs = k_pairs + UNIT * Keys::GROUPS;
+    u32* v_pairs = k_pairs + KEY_SCALES / 4;
     const bool edge = token < all_from || token + UNIT > all_to;
     barrier_wait(full + stage * 8, phase);
     if (edge) { // values that no row sees count nothing, whatever they are
@@ -316,10 +404,25 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
       __syncwarp();
     }
     float s[2][TILES][4] = {}; // of tokens g, twice, and g + 8, in each half of the unit
+    float factor = plain * Keys::FACTOR;
+#ifdef BLOCK
+    if (token / BLOCK == held) {
+      factor = plain;
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        scores_of_window(s[half], k_window, ((size_t)head * BLOCK + token % BLOCK + half * 16) * HEAD, fragments);
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        scores_by_channel(s[half], codes + half * 16 * Keys::SEGMENT, (const uint4*)k_pairs, fragments);
+    }
+#endif
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const u32* pairs = k_pairs + half * 16 * Keys::GROUPS;
+#ifndef BLOCK
       scores_of<KEYS>(s[half], codes + half * 16 * Keys::SEGMENT, pairs, fragments);
+#endif
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const float by = KEYS == INT4 ? factor : factor * __uint_as_float(pairs[g + 8 * h]);

@@ -169,7 +169,7 @@ def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, windo
 
 @kv_attention.implementation("cuda", supports=cuda_kv_attention.supports)
 def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None):
-    arguments = q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window
+    arguments = q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window, k_held
     return cuda_kv_attention.attention(*arguments, kv_attention.known_case(*arguments))
 
 

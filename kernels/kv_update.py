@@ -123,7 +123,9 @@ def chosen(blocks: Tensor) -> Tensor:
 
 @kv_update.implementation("cuda", supports=cuda_kv_update.supports)
 def _(codes, scales, new, positions, window=None, held=None):
-    if codes.is_contiguous() and scales.is_contiguous():
-        cuda_kv_update.update(codes, scales, new, positions, kv_update.format_of(codes, scales))
+    caches = codes, scales, *(each for each in (window, held) if each is not None)
+    if all(each.is_contiguous() for each in caches):
+        form = kv_update.format_of(codes, scales, window)
+        cuda_kv_update.update(codes, scales, new, positions, window, held, form)
     else:
-        kv_update.oracle.function(codes, scales, new, positions)
+        kv_update.oracle.function(codes, scales, new, positions, window, held)
