@@ -218,7 +218,8 @@ __device__ __forceinline__ uint4 load_window(const u8* window, size_t at) {
 #if WINDOW == 1
   const auto both = [](u32 pair) {
     float low, high;
-    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(low), "=f"(high) : "r"(pair));
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+        : "=f"(low), "=f"(high) : "r"(pair));
     return to_bf16(low, high);
   };
   return make_uint4(both(v.x), both(v.y), both(v.z), both(v.w));

@@ -1,9 +1,9 @@
 // New keys or values into a packed cache (kv_cache.py): a warp quantizes a head of a token and stores it; or one new key
 // by channel, where the heads of a row are a block of threads, as they share `held`.
 //
-// Defines: INPUT (0: bf16, 1: fp16, 2: fp32), KIND (0: int8, 1: e4m3, 2: int4), HEAD (a multiple of 16), GROUP (d that
-// share a scale: all of HEAD, or 32 or 64), WARPS; by channel INPUT, HEAD, BLOCK (tokens that share a scale), WINDOW (as
-// INPUT) and THREADS instead.
+// Defines: INPUT (0: bf16, 1: fp16, 2: fp32) and HEAD (a multiple of 16); KIND (0: int8, 1: e4m3, 2: int4), GROUP (d that
+// share a scale: all of HEAD, or 32 or 64) and WARPS; or, by channel, BLOCK (tokens that share a scale), WINDOW (as INPUT)
+// and THREADS.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
