@@ -15,7 +15,7 @@ from aograph.kernels.kv_update import kv_update
 BY_TOKEN = [INT8, FP8, INT4, KVFormat("int4", 4, 64)]
 FORMATS = [*BY_TOKEN, INT4_CHANNEL]  # of keys
 HEADS = [64, 80, 128, 256]
-TOLERANCE = 6e-3  # of the norm: both products are of bf16
+TOLERANCE = 1e-2  # of the norm: both products are of bf16
 each = pytest.mark.parametrize("form", FORMATS, ids=lambda form: named(form))
 CASE = CacheCase(
     "cuda", torch.bfloat16, 1, 128, 128, None, (9, 0), rows=1, heads=8, queries=4, length=4096,
