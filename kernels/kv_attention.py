@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import cuda_kv_attention
 from .kv_cache import FLOATS, CacheCase, CacheOp
 from .op import capability
 
@@ -164,6 +165,12 @@ def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, windo
     scores = scores_of(q.double().unflatten(1, (H, -1)), keys, seen, sight.mask, scale, softcap)
     weights = scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
     return product(weights, values_of(v, v_scales, seen, torch.float64)).flatten(1, 2).to(q.dtype)
+
+
+@kv_attention.implementation("cuda", supports=cuda_kv_attention.supports)
+def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None):
+    arguments = q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window, k_held
+    return cuda_kv_attention.attention(*arguments, kv_attention.known_case(*arguments))
 
 
 @kv_attention.implementation("blocks", supports=lambda case: True, standalone=True)

@@ -15,6 +15,7 @@ to, the tokens that are not written again are rounded a second time when it leav
 import torch
 from torch import Tensor
 
+from . import cuda_kv_update
 from .kv_cache import CODES, FLOATS, CacheCase, CacheOp, KVFormat
 from .op import capability
 
@@ -118,3 +119,13 @@ def quantized(form: KVFormat, blocks: Tensor) -> tuple[Tensor, Tensor]:
 def chosen(blocks: Tensor) -> Tensor:
     """Which blocks of each row [B, n], for tensors [B, H, n, …] of five dimensions."""
     return blocks[:, None, :, None, None]
+
+
+@kv_update.implementation("cuda", supports=cuda_kv_update.supports)
+def _(codes, scales, new, positions, window=None, held=None):
+    caches = codes, scales, *(each for each in (window, held) if each is not None)
+    if all(each.is_contiguous() for each in caches):
+        form = kv_update.format_of(codes, scales, window)
+        cuda_kv_update.update(codes, scales, new, positions, window, held, form)
+    else:
+        kv_update.oracle.function(codes, scales, new, positions, window, held)

@@ -1,0 +1,588 @@
+// Attention of few query rows over a packed cache (kv_cache.py): the time is that of reading the cache.
+//
+// Query heads that share a KV head, and the new tokens of each, are the rows of one small matrix, so that the cache is
+// read once. What a row of the batch sees is divided evenly among its blocks, on the device, from positions: a block
+// beyond it ends at once. Each warp works on units of 32 tokens of its own, which one of its threads brings to its ring
+// in shared memory; no warp waits for another: warps, then blocks, meet at the end, in a fixed order.
+//
+// Both products have codes as the left operand of mma.m16n8k16, so that few rows fill its short side: scores = K · qᵀ,
+// 16 tokens at a time, and yᵀ = Vᵀ · pᵀ, 16 of a head's dimensions at a time, where ldmatrix transposes codes in pairs.
+// Codes of 8 bits are exact in bf16: the scale of a key meets its score, that of a value its probability. int4 becomes
+// bf16(code * scale + minimum). Both products are of bf16, with fp32 sums, where q is fp16 too. Of keys by channel the
+// block that is in the window comes from there, by plain loads: it is two units at most.
+//
+// Defines: FP16 (q and y are fp16, else bf16), HEAD (a multiple of 16, for int4 of 32), KEYS and VALUES (0: int8, 1:
+// e4m3, 2: int4), GROUP (d that share a scale of int4: 32 or a multiple), TILES (of 8 rows), WARPS, STAGES (of a warp's
+// ring), MASK (0: none, 1: bool, 2: as q, 3: fp32); of keys by channel BLOCK, the tokens that share a scale, a multiple of
+// 32, and WINDOW (0: bf16, 1: fp16, 2: fp32).
+// Boxes: 32 tokens of SEGMENT bytes, swizzled by as many.
+
+#define HALF 0
+#include "ptx.cuh"
+
+extern __shared__ __align__(1024) u8 shared[];
+
+#define INT8 0
+#define FP8 1
+#define INT4 2
+#define UNIT 32 // tokens
+#define LEAST 4 // units of a block that works, but the last
+#define BARRIERS 1024 // bytes, ahead of the ring
+#define RINGS (WARPS * STAGES)
+#define THREADS (WARPS * 32)
+#define ROWS (TILES * 8)
+#define PITCH (HEAD + 4) // of sums in shared memory, against bank conflicts
+#define LOG2E 1.4426950408889634f
+#define UNIT_4 0x1p43f // of what int4 becomes
+#define NOTHING (-1e30f) // the largest score where there is none
+
+template <int KIND>
+struct Format {
+  static constexpr int CHUNK = KIND == INT4 ? 32 : 16; // d in 16 bytes
+  static constexpr int CHUNKS = HEAD / CHUNK;
+  static constexpr int SEGMENT = CHUNKS <= 2 ? 32 : CHUNKS <= 4 ? 64 : 128;
+  static constexpr int SEGMENTS = (CHUNKS * 16 + SEGMENT - 1) / SEGMENT;
+  static constexpr int GROUPS = KIND == INT4 ? HEAD / GROUP : 1; // scales of a token, 4 bytes each
+  static constexpr int CODES = SEGMENTS * SEGMENT * UNIT;        // bytes of a unit
+  static constexpr int SCALES = UNIT * GROUPS * 4;
+  static constexpr float FACTOR = KIND == INT4 ? UNIT_4 : 1; // of what is lacking from the products
+};
+typedef Format<KEYS> Keys;
+typedef Format<VALUES> Values;
+#ifdef BLOCK
+constexpr int KEY_SCALES = HEAD * 4; // bytes of a unit
+#else
+constexpr int KEY_SCALES = Keys::SCALES;
+#endif
+constexpr int STAGE = Keys::CODES + Values::CODES, STAGE_SCALES = KEY_SCALES + Values::SCALES; // bytes
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ u32 to_bf16(float low, float high) {
+  u32 v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
+__device__ __forceinline__ u32 transpose(u32 v) {
+  u32 d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
+  return d;
+}
+__device__ __forceinline__ float from_half(u16 v) {
+#if FP16
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+  return f;
+#else
+  return __uint_as_float((u32)v << 16);
+#endif
+}
+__device__ __forceinline__ u32 of_q(u32 v) { // two of q in bf16
+#if FP16
+  return to_bf16(from_half((u16)v), from_half((u16)(v >> 16)));
+#else
+  return v;
+#endif
+}
+__device__ __forceinline__ u32 of_y(float low, float high) {
+#if FP16
+  u32 v;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+#else
+  return to_bf16(low, high);
+#endif
+}
+
+// Codes of 8 bits in bytes 0 and 2, or `odd`: 1 and 3, exactly. e4m3 moves to where bf16 has exponent and mantissa.
+template <int KIND>
+__device__ __forceinline__ u32 from_8(u32 v, int odd) {
+  if (KIND == INT8) return from_int8(odd ? v >> 8 : v);
+  const u32 high = odd ? v : v << 8;
+  return multiply2(mask_or(high >> 4, 0x07F007F0u, high & 0x80008000u), 0x7B807B80u); // 2^120
+}
+// Bits 0-3 or 4-7 as a bf16 number are a code times 2^-133 or 2^-129: a scale of both halves of a register, below 2^38,
+// that takes this back, and a minimum, both over UNIT_4.
+struct Scales {
+  u32 low, high, minimum;
+};
+__device__ __forceinline__ Scales scales_of(u32 scale, u32 minimum) {
+  return {multiply2(scale, 0x6C806C80u), multiply2(scale, 0x6A806A80u), multiply2(minimum, 0x2A002A00u)};
+}
+// (code * scale + minimum) / UNIT_4 of the codes in bits 0-3 and 16-19, or `high`: 4-7 and 20-23
+__device__ __forceinline__ u32 from_4(u32 v, int high, const Scales& by) {
+  return multiply_add2(v & (high ? 0x00F000F0u : 0x000F000Fu), high ? by.high : by.low, by.minimum);
+}
+
+// What a row of the batch sees, and what a block of it works on, in tokens.
+struct Part {
+  int begin, end, blocks; // blocks: that work
+};
+__device__ __forceinline__ Part part_of(int low, int high, int block, int blocks) {
+  low = low / UNIT * UNIT;
+  const int units = max(high - low + UNIT - 1, 0) / UNIT;
+  const int share = max((units + blocks - 1) / blocks, LEAST) * UNIT;
+  const int begin = low + block * share;
+  return {begin, min(begin + share, high), (units * UNIT + share - 1) / share};
+}
+// The first position that token t of row b sees and the last; S and -1 where it sees none.
+__device__ __forceinline__ int2 seen(const long long* positions, const long long* start, int b, int t, int T, int S,
+                                     int window) {
+  const long long last = positions[(size_t)b * T + t];
+  long long first = start ? max(start[b], 0ll) : 0;
+  if (window > 0) first = max(first, last - window + 1);
+  return first > last || first >= S ? make_int2(S, -1) : make_int2((int)first, (int)min(last, S - 1ll));
+}
+
+// s += K · qᵀ of 16 tokens, whose codes and scales are these in shared memory; of int4 alone the scales are in it
+template <int KIND>
+__device__ __forceinline__ void scores_of(float (*s)[4], u32 codes, const u32* scales, const uint2* q) {
+  typedef Format<KIND> F;
+  const int lane = threadIdx.x % 32, g = lane / 4;
+  constexpr int WIDE = F::SEGMENT / 16;
+  const u32 mine = codes + lane % 16 * F::SEGMENT, swizzle = (lane % 8 * F::SEGMENT / 128 % WIDE ^ lane / 16) * 16;
+#pragma unroll
+  for (int c = 0; c < F::CHUNKS; c += 2) {
+    u32 v[4];
+    load_matrices(v, mine + c / WIDE * (UNIT * F::SEGMENT) + (c % WIDE * 16 ^ swizzle));
+#pragma unroll
+    for (int k = 0; k < 2 && c + k < F::CHUNKS; k++) {
+      const u32 low = v[2 * k], high = v[2 * k + 1]; // tokens g and g + 8
+      if (KIND == INT4) {
+        const u32* pairs = scales + g * F::GROUPS + (c + k) * 32 / GROUP;
+        const u32 of_low = pairs[0], of_high = pairs[8 * F::GROUPS];
+        const Scales by_low = scales_of(permute(of_low, 0, 0x1010), permute(of_low, 0, 0x3232));
+        const Scales by_high = scales_of(permute(of_high, 0, 0x1010), permute(of_high, 0, 0x3232));
+#pragma unroll
+        for (int j = 0; j < 2; j++) { // d: 8 t + 2 j and 4 more, 8 t + 2 j + 1 and 4 more
+          const u32 l = low >> 8 * j, h = high >> 8 * j;
+          const u32 a[4] = {from_4(l, 0, by_low), from_4(h, 0, by_high), from_4(l, 1, by_low), from_4(h, 1, by_high)};
+#pragma unroll
+          for (int m = 0; m < TILES; m++) {
+            const uint2 b = q[(((c + k) * 2 + j) * TILES + m) * 32 + lane];
+            multiply_add(s[m], a, b.x, b.y);
+          }
+        }
+      } else { // d: 4 t and 4 t + 2, 4 t + 1 and 4 t + 3
+        const u32 a[4] = {from_8<KIND>(low, 0), from_8<KIND>(high, 0), from_8<KIND>(low, 1), from_8<KIND>(high, 1)};
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+          const uint2 b = q[((c + k) * TILES + m) * 32 + lane];
+          multiply_add(s[m], a, b.x, b.y);
+        }
+      }
+    }
+  }
+}
+#ifdef BLOCK
+// The same of int4 by channel: scales [HEAD], of all 16 tokens
+__device__ __forceinline__ void scores_by_channel(float (*s)[4], u32 codes, const uint4* scales, const uint2* q) {
+  const int lane = threadIdx.x % 32, t = lane % 4;
+  constexpr int WIDE = Keys::SEGMENT / 16;
+  const u32 mine = codes + lane % 16 * Keys::SEGMENT, swizzle = (lane % 8 * Keys::SEGMENT / 128 % WIDE ^ lane / 16) * 16;
+#pragma unroll
+  for (int c = 0; c < Keys::CHUNKS; c += 2) {
+    u32 v[4];
+    load_matrices(v, mine + c / WIDE * (UNIT * Keys::SEGMENT) + (c % WIDE * 16 ^ swizzle));
+#pragma unroll
+    for (int k = 0; k < 2 && c + k < Keys::CHUNKS; k++) {
+      const uint4 first = scales[(c + k) * 8 + 2 * t], last = scales[(c + k) * 8 + 2 * t + 1]; // d: 8 t, 8 t + 4 and on
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const u32 a0 = j ? first.z : first.x, a4 = j ? last.z : last.x, a1 = j ? first.w : first.y,
+                  a5 = j ? last.w : last.y;
+        const Scales even = scales_of(permute(a0, a4, 0x5410), permute(a0, a4, 0x7632));
+        const Scales odd = scales_of(permute(a1, a5, 0x5410), permute(a1, a5, 0x7632));
+        const u32 l = v[2 * k] >> 8 * j, h = v[2 * k + 1] >> 8 * j; // tokens g and g + 8
+        const u32 a[4] = {from_4(l, 0, even), from_4(h, 0, even), from_4(l, 1, odd), from_4(h, 1, odd)};
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+          const uint2 b = q[(((c + k) * 2 + j) * TILES + m) * 32 + lane];
+          multiply_add(s[m], a, b.x, b.y);
+        }
+      }
+    }
+  }
+}
+// Eight neighbours of the window in bf16.
+__device__ __forceinline__ uint4 load_window(const u8* window, size_t at) {
+#if WINDOW == 2
+  const uint4 a = load_16(window + at * 4), b = load_16(window + at * 4 + 16);
+  const auto both = [](u32 low, u32 high) { return to_bf16(__uint_as_float(low), __uint_as_float(high)); };
+  return make_uint4(both(a.x, a.y), both(a.z, a.w), both(b.x, b.y), both(b.z, b.w));
+#else
+  const uint4 v = load_16(window + at * 2);
+#if WINDOW == 1
+  const auto both = [](u32 pair) {
+    float low, high;
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+        : "=f"(low), "=f"(high) : "r"(pair));
+    return to_bf16(low, high);
+  };
+  return make_uint4(both(v.x), both(v.y), both(v.z), both(v.w));
+#endif
+  return v;
+#endif
+}
+// The same of 16 tokens in the window, [16, HEAD] from element `at` on, as they are.
+__device__ __forceinline__ void scores_of_window(float (*s)[4], const u8* window, size_t at, const uint2* q) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll 2
+  for (int c = 0; c < Keys::CHUNKS; c++) {
+    const uint4 low = load_window(window, at + g * HEAD + c * 32 + 8 * t);
+    const uint4 high = load_window(window, at + (g + 8) * HEAD + c * 32 + 8 * t);
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const u32 l0 = j ? low.y : low.x, l4 = j ? low.w : low.z, h0 = j ? high.y : high.x, h4 = j ? high.w : high.z;
+      const u32 a[4] = {permute(l0, l4, 0x5410), permute(h0, h4, 0x5410), permute(l0, l4, 0x7632),
+                        permute(h0, h4, 0x7632)};
+#pragma unroll
+      for (int m = 0; m < TILES; m++) {
+        const uint2 b = q[((c * 2 + j) * TILES + m) * 32 + lane];
+        multiply_add(s[m], a, b.x, b.y);
+      }
+    }
+  }
+}
+#endif
+// q of the KV head [rows, HEAD] -> its fragments for `scores_of`, [HEAD / 16][TILES][lane]; zeros beyond the rows
+__device__ __forceinline__ void keep_q(uint2* fragments, const u16* q, int rows) {
+  for (int i = threadIdx.x; i < Keys::CHUNKS * TILES * 32; i += THREADS) {
+    const int lane = i % 32, m = i / 32 % TILES, c = i / (32 * TILES), row = m * 8 + lane / 4, t = lane % 4;
+    const u16* at = q + (size_t)row * HEAD + c * Keys::CHUNK + t * (Keys::CHUNK / 4);
+    if (KEYS == INT4) {
+      const uint4 v = row < rows ? load_16(at) : make_uint4(0, 0, 0, 0);
+      const u32 a = of_q(v.x), b = of_q(v.y), e = of_q(v.z), f = of_q(v.w);
+      fragments[(c * 2 * TILES + m) * 32 + lane] = make_uint2(permute(a, e, 0x5410), permute(a, e, 0x7632));
+      fragments[((c * 2 + 1) * TILES + m) * 32 + lane] = make_uint2(permute(b, f, 0x5410), permute(b, f, 0x7632));
+    } else {
+      const uint2 v = row < rows ? load_8(at) : make_uint2(0, 0);
+      const u32 a = of_q(v.x), b = of_q(v.y);
+      fragments[i] = make_uint2(permute(a, b, 0x5410), permute(a, b, 0x7632));
+    }
+  }
+}
+
+// yᵀ += Vᵀ · pᵀ of 16 tokens. y[i] holds, where values are of 8 bits, d = 16 i + 2 g of rows 2 t and 2 t + 1, and
+// behind it d + 1; where they are int4, d = 32 (i / 2) + 4 g + 2 (i % 2), and d + 1.
+template <int KIND>
+__device__ __forceinline__ void add_values(float (*y)[TILES][4], u32 codes, const u32* scales, const u32 (*p)[2]) {
+  typedef Format<KIND> F;
+  const int lane = threadIdx.x % 32, t = lane % 4;
+  constexpr int WIDE = F::SEGMENT / 16;
+  const u32 mine = codes + lane % 16 * F::SEGMENT, swizzle = (lane % 8 * F::SEGMENT / 128 % WIDE ^ lane / 16) * 16;
+#pragma unroll
+  for (int c = 0; c < F::CHUNKS; c += 2) {
+    u32 v[4];
+    load_matrices_transposed(v, mine + c / WIDE * (UNIT * F::SEGMENT) + (c % WIDE * 16 ^ swizzle));
+#pragma unroll
+    for (int k = 0; k < 2 && c + k < F::CHUNKS; k++) {
+      const u32 low = v[2 * k], high = v[2 * k + 1]; // tokens 2 t and 2 t + 1, 2 t + 8 and 2 t + 9
+      if (KIND == INT4) {
+        const u32* pairs = scales + 2 * t * F::GROUPS + (c + k) * 32 / GROUP;
+        Scales by[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const u32 even = pairs[8 * h * F::GROUPS], odd = pairs[(8 * h + 1) * F::GROUPS];
+          by[h] = scales_of(permute(even, odd, 0x5410), permute(even, odd, 0x7632));
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          const u32 l = low >> 8 * j, h = high >> 8 * j;
+          const u32 a[4] = {from_4(l, 0, by[0]), from_4(l, 1, by[0]), from_4(h, 0, by[1]), from_4(h, 1, by[1])};
+#pragma unroll
+          for (int m = 0; m < TILES; m++) multiply_add(y[(c + k) * 2 + j][m], a, p[m][0], p[m][1]);
+        }
+      } else {
+        const u32 a[4] = {from_8<KIND>(low, 0), from_8<KIND>(low, 1), from_8<KIND>(high, 0), from_8<KIND>(high, 1)};
+#pragma unroll
+        for (int m = 0; m < TILES; m++) multiply_add(y[c + k][m], a, p[m][0], p[m][1]);
+      }
+    }
+  }
+}
+
+// q [B, H, rows, HEAD], rows = G T, of which row r is token r % T; caches [B, H, S, HEAD], their scales [B, H, S,
+// GROUPS], 4 bytes each; of keys by channel codes [B, H, P, HEAD], scales [B, H, P / BLOCK, HEAD], window [B, H, BLOCK,
+// HEAD] and held [B]; positions [B, T]; start [B] or null; mask by its strides -> y as q, where a row of the batch
+// has one block; else sums [B H, blocks, rows, HEAD] and, of each, tops [B H, blocks, rows]: the largest score, in
+// powers of 2, and the sum of probabilities, for `kv_combine`. S % 4 = 0. Scores are (q · k) * scale, or cap * tanh of
+// it where cap > 0.
+// Grid: blocks B H.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, const __grid_constant__ Matrix v,
+          const u8* v_scales, const u8* k_window, const long long* k_held, const long long* positions,
+          const long long* start, const u8* mask, u16* y, float* sums, float2* tops, float scale, float cap, int window,
+          int blocks, int H, int rows, int T, int S, int mask_row, int mask_head, int mask_token) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int head = blockIdx.x / blocks, block = blockIdx.x % blocks, b = head / H;
+  const u32 full = shared_address(shared), ring = full + BARRIERS;
+  if (threadIdx.x < RINGS) {
+    barrier_init(full + threadIdx.x * 8, 1);
+    barriers_ready();
+  }
+  __syncthreads();
+  wait_for_previous_grid();
+  let_next_grid_start();
+
+  const int2 mine = lane < T ? seen(positions, start, b, lane, T, S, window) : make_int2(S, -1);
+  const int first = __reduce_min_sync(~0u, mine.x), last = __reduce_max_sync(~0u, mine.y);
+  const Part part = part_of(first, last + 1, block, blocks);
+  if (blocks > 1 && part.begin >= part.end) return;
+  // between these, all rows see all
+  const int all_from = __reduce_max_sync(~0u, lane < T ? mine.x : 0);
+  const int all_to = MASK ? 0 : __reduce_min_sync(~0u, lane < T ? mine.y : S) + 1;
+
+  float out[HEAD / 16][TILES][4] = {};
+  float top[TILES][2], sum[TILES][2] = {}; // of rows 2 t and 2 t + 1
+#pragma unroll
+  for (int i = 0; i < TILES * 2; i++) top[i / 2][i % 2] = NOTHING;
+
+  const int units = max(part.end - part.begin + UNIT - 1, 0) / UNIT;
+  const u64 policy = read_once();
+  auto fetch = [&](int unit, int stage) { // unit: of the block; lane 0 alone
+    const int token = part.begin + unit * UNIT, count = min(UNIT, S - token); // of scales
+    const size_t at = (size_t)head * S + token;
+    const u32 barrier = full + stage * 8, codes = ring + stage * STAGE;
+    const u32 scales = ring + RINGS * STAGE + stage * STAGE_SCALES;
+#ifdef BLOCK
+    const size_t k_at = (size_t)head * ((S + BLOCK - 1) / BLOCK * BLOCK) + token, k_scale = k_at / BLOCK * HEAD;
+    const u32 k_bytes = KEY_SCALES;
+#else
+    const size_t k_at = at, k_scale = at * Keys::GROUPS;
+    const u32 k_bytes = count * Keys::GROUPS * 4;
+#endif
+    barrier_expect(barrier, STAGE + k_bytes + count * 4 * Values::GROUPS);
+#pragma unroll
+    for (int i = 0; i < Keys::SEGMENTS; i++)
+      copy_box(codes + i * UNIT * Keys::SEGMENT, k, i * Keys::SEGMENT, k_at, barrier, policy);
+    copy_bulk(scales, k_scales + k_scale * 4, k_bytes, barrier, policy);
+#pragma unroll
+    for (int i = 0; i < Values::SEGMENTS; i++)
+      copy_box(codes + Keys::CODES + i * UNIT * Values::SEGMENT, v, i * Values::SEGMENT, at, barrier, policy);
+    copy_bulk(scales + KEY_SCALES, v_scales + at * Values::GROUPS * 4, count * Values::GROUPS * 4, barrier, policy);
+  };
+  if (lane == 0)
+    for (int stage = warp; stage < min(units, RINGS); stage += WARPS) fetch(stage, stage);
+  __syncwarp();
+  uint2* fragments = (uint2*)(shared + BARRIERS + RINGS * (STAGE + STAGE_SCALES));
+  keep_q(fragments, q + (size_t)head * rows * HEAD, rows);
+  __syncthreads();
+  int2 sees[TILES][2];
+  const u8* masks[TILES][2];
+#pragma unroll
+  for (int m = 0; m < TILES; m++) {
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const int of = min(m * 8 + 2 * t + e, rows - 1), token = of % T;
+      sees[m][e].x = __shfl_sync(~0u, mine.x, token);
+      sees[m][e].y = __shfl_sync(~0u, mine.y, token);
+      const size_t at = (size_t)b * mask_row + (size_t)(head % H * (rows / T) + of / T) * mask_head;
+      masks[m][e] = mask + (at + (size_t)token * mask_token) * (MASK == 3 ? 4 : MASK == 2 ? 2 : 1);
+    }
+  }
+  const float plain = scale * (cap > 0 ? 1 / cap : LOG2E);
+#ifdef BLOCK
+  const long long held = k_held[b];
+#endif
+  int stage = warp, phase = 0;
+  for (int unit = warp; unit < units; unit += WARPS) {
+    const int token = part.begin + unit * UNIT;
+    const u32 codes = ring + stage * STAGE;
+    u32* k_pairs = (u32*)(shared + BARRIERS + RINGS * STAGE + stage * STAGE_SCALES);
+    u32* v_pairs = k_pairs + KEY_SCALES / 4;
+    const bool edge = token < all_from || token + UNIT > all_to;
+    barrier_wait(full + stage * 8, phase);
+    if (edge) { // values that no row sees count nothing, whatever they are
+      bool any = false;
+      for (int i = 0; i < T; i++)
+        any |= token + lane >= __shfl_sync(~0u, mine.x, i) & token + lane <= __shfl_sync(~0u, mine.y, i);
+      if (!any)
+        for (int i = 0; i < Values::GROUPS; i++) v_pairs[lane * Values::GROUPS + i] = 0;
+      __syncwarp();
+    }
+    float s[2][TILES][4] = {}; // of tokens g, twice, and g + 8, in each half of the unit
+    float factor = plain * Keys::FACTOR;
+#ifdef BLOCK
+    if (token / BLOCK == held) {
+      factor = plain;
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        scores_of_window(s[half], k_window, ((size_t)head * BLOCK + token % BLOCK + half * 16) * HEAD, fragments);
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        scores_by_channel(s[half], codes + half * 16 * Keys::SEGMENT, (const uint4*)k_pairs, fragments);
+    }
+#endif
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const u32* pairs = k_pairs + half * 16 * Keys::GROUPS;
+#ifndef BLOCK
+      scores_of<KEYS>(s[half], codes + half * 16 * Keys::SEGMENT, pairs, fragments);
+#endif
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const float by = KEYS == INT4 ? factor : factor * __uint_as_float(pairs[g + 8 * h]);
+#pragma unroll
+        for (int m = 0; m < TILES; m++) s[half][m][2 * h] *= by, s[half][m][2 * h + 1] *= by;
+      }
+    }
+    if (cap > 0)
+#pragma unroll
+      for (int i = 0; i < 2 * TILES * 4; i++) {
+        float& score = (&s[0][0][0])[i];
+        score = cap * LOG2E * (1 - __fdividef(2, exp2_fast(2 * LOG2E * score) + 1)); // tanh
+      }
+    if (edge)
+#pragma unroll
+      for (int i = 0; i < 2 * TILES * 4; i++) {
+        const int half = i / (TILES * 4), m = i / 4 % TILES, e = i % 2, at = token + half * 16 + i % 4 / 2 * 8 + g;
+        float& score = s[half][m][i % 4];
+        const bool here = at >= sees[m][e].x && at <= sees[m][e].y;
+        if (MASK == 2 && here) score = fmaf(from_half(((const u16*)masks[m][e])[at]), LOG2E, score);
+        if (MASK == 3 && here) score = fmaf(((const float*)masks[m][e])[at], LOG2E, score);
+        if (!here || MASK == 1 && !masks[m][e][at]) score = -__int_as_float(0x7F800000);
+      }
+    float largest[TILES][2];
+    bool more = false;
+#pragma unroll
+    for (int i = 0; i < TILES * 2; i++) {
+      const int m = i / 2, e = i % 2;
+      float& l = largest[m][e];
+      l = fmaxf(fmaxf(s[0][m][e], s[0][m][e + 2]), fmaxf(s[1][m][e], s[1][m][e + 2]));
+      for (int other = 4; other < 32; other *= 2) l = fmaxf(l, __shfl_xor_sync(~0u, l, other));
+      more |= l > top[m][e];
+    }
+    if (__any_sync(~0u, more))
+#pragma unroll
+      for (int i = 0; i < TILES * 2; i++) {
+        const int m = i / 2, e = i % 2;
+        const float now = fmaxf(top[m][e], largest[m][e]), by = exp2_fast(top[m][e] - now);
+        top[m][e] = now, sum[m][e] *= by;
+#pragma unroll
+        for (int c = 0; c < HEAD / 16; c++) out[c][m][e] *= by, out[c][m][e + 2] *= by;
+      }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      u32 p[TILES][2];
+      const u32* pairs = v_pairs + half * 16 * Values::GROUPS;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const float by = VALUES == INT4 ? 1 : __uint_as_float(pairs[g + 8 * h]);
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+          const float* of = s[half][m] + 2 * h;
+          const float even = exp2_fast(of[0] - top[m][0]), odd = exp2_fast(of[1] - top[m][1]);
+          sum[m][0] += even, sum[m][1] += odd;
+          p[m][h] = transpose(to_bf16(even * by, odd * by));
+        }
+      }
+      add_values<VALUES>(out, codes + Keys::CODES + half * 16 * Values::SEGMENT, pairs, p);
+    }
+    before_copies();
+    __syncwarp();
+    if (lane == 0 && unit + RINGS < units) fetch(unit + RINGS, stage);
+    if ((stage += WARPS) >= RINGS) stage -= RINGS, phase ^= 1;
+  }
+
+  // the sums of the warps, in place of the ring: [warp][row][PITCH], and ahead of them [warp][row]: top and sum
+  __syncthreads();
+  float2* of_warps = (float2*)(shared + BARRIERS);
+  float* sums_of_warps = (float*)(of_warps + WARPS * ROWS);
+#pragma unroll
+  for (int i = 0; i < TILES * 2; i++) {
+    const int m = i / 2, e = i % 2, row = warp * ROWS + m * 8 + 2 * t + e;
+    float total = sum[m][e];
+    for (int other = 4; other < 32; other *= 2) total += __shfl_xor_sync(~0u, total, other);
+    if (g == 0) of_warps[row] = make_float2(top[m][e], total);
+#pragma unroll
+    for (int c = 0; c < HEAD / 16; c++) {
+      const int d = VALUES == INT4 ? c / 2 * 32 + c % 2 * 2 + 4 * g : c * 16 + 2 * g;
+      *(float2*)(sums_of_warps + row * PITCH + d) = make_float2(out[c][m][e], out[c][m][e + 2]);
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < rows * (HEAD / 4); i += THREADS) {
+    const int row = i / (HEAD / 4), d = i % (HEAD / 4) * 4;
+    float largest = NOTHING, total = 0;
+    float4 result = {};
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, of_warps[w * ROWS + row].x);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      const float2 of = of_warps[w * ROWS + row];
+      const float4 s = *(const float4*)(sums_of_warps + (w * ROWS + row) * PITCH + d);
+      const float by = exp2_fast(of.x - largest);
+      total = fmaf(of.y, by, total);
+      result.x = fmaf(s.x, by, result.x), result.y = fmaf(s.y, by, result.y);
+      result.z = fmaf(s.z, by, result.z), result.w = fmaf(s.w, by, result.w);
+    }
+    const size_t to = (blocks > 1 ? (size_t)blockIdx.x : head) * rows + row;
+    const float by = Values::FACTOR * (blocks > 1 ? 1 : total == 0 ? 0 : 1 / total);
+    result.x *= by, result.y *= by, result.z *= by, result.w *= by;
+    if (blocks > 1) {
+      *(float4*)(sums + to * HEAD + d) = result;
+      if (d == 0) tops[to] = make_float2(largest, total);
+    } else {
+      *(uint2*)(y + to * HEAD + d) = make_uint2(of_y(result.x, result.y), of_y(result.z, result.w));
+    }
+  }
+}
+
+#define LANES (HEAD / 4)
+#define TEAMS (256 / LANES) // that take blocks in turns
+
+// sums and tops of `kv_attend`, for the same positions -> y. Grid: B H rows; shared: 4 bytes for each block.
+extern "C" __global__ void __launch_bounds__(256)
+kv_combine(const float* sums, const float2* tops, const long long* positions, const long long* start, u16* y,
+           int window, int blocks, int H, int rows, int T, int S) {
+  const int head = blockIdx.x / rows, row = blockIdx.x % rows, lane = threadIdx.x % 32, b = head / H;
+  __shared__ float of_warps[16];
+  __shared__ float4 parts[256];
+  float* weights = (float*)shared;
+  wait_for_previous_grid();
+  let_next_grid_start();
+  const int2 mine = lane < T ? seen(positions, start, b, lane, T, S, window) : make_int2(S, -1);
+  const int first = __reduce_min_sync(~0u, mine.x), last = __reduce_max_sync(~0u, mine.y);
+  const int working = part_of(first, last + 1, 0, blocks).blocks;
+  const float2* of = tops + (size_t)head * blocks * rows + row;
+  float largest = NOTHING, total = 0;
+  for (int i = threadIdx.x; i < working; i += 256) largest = fmaxf(largest, of[(size_t)i * rows].x);
+  for (int other = 16; other; other /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, other));
+  if (lane == 0) of_warps[threadIdx.x / 32] = largest;
+  __syncthreads();
+  for (int w = 0; w < 8; w++) largest = fmaxf(largest, of_warps[w]);
+  for (int i = threadIdx.x; i < working; i += 256) {
+    const float2 top = of[(size_t)i * rows];
+    weights[i] = exp2_fast(top.x - largest);
+    total = fmaf(top.y, weights[i], total);
+  }
+  for (int other = 16; other; other /= 2) total += __shfl_xor_sync(~0u, total, other);
+  if (lane == 0) of_warps[8 + threadIdx.x / 32] = total;
+  __syncthreads();
+  total = 0;
+  for (int w = 0; w < 8; w++) total += of_warps[8 + w];
+
+  const int team = threadIdx.x / LANES, d = threadIdx.x % LANES * 4;
+  float4 result = {};
+  const float* at = sums + ((size_t)head * blocks * rows + row) * HEAD + d;
+  if (team < TEAMS)
+#pragma unroll 8
+    for (int i = team; i < working; i += TEAMS) {
+      const float4 s = *(const float4*)(at + (size_t)i * rows * HEAD);
+      const float by = weights[i];
+      result.x = fmaf(s.x, by, result.x), result.y = fmaf(s.y, by, result.y);
+      result.z = fmaf(s.z, by, result.z), result.w = fmaf(s.w, by, result.w);
+    }
+  parts[threadIdx.x] = result;
+  __syncthreads();
+  if (team) return;
+  for (int i = 1; i < TEAMS; i++) add(result, parts[i * LANES + threadIdx.x]);
+  const float by = total == 0 ? 0 : 1 / total;
+  *(uint2*)(y + (size_t)blockIdx.x * HEAD + d) =
+      make_uint2(of_y(result.x * by, result.y * by), of_y(result.z * by, result.w * by));
+}
