@@ -40,6 +40,7 @@ extern __shared__ __align__(1024) u8 shared[];
 #define INDEX_STEPS (SPARSE ? INDEX_ROW * 8 / STEP : 1) // and so it may be of two stages: STAGES and steps are even then
 #define STAGE_BYTES ((X_BYTES + Q_BYTES + CHANNELS * INDEX_ROW + 1023) / 1024 * 1024)
 #define PITCH (CHANNELS + 8)                          // numbers between tokens of the sums in shared memory
+#define PART (AWAY < 64 ? AWAY : 64)                  // tokens that a loop is unrolled over
 #define TOKEN_SCALES 1024                             // where those of each warpgroup start, behind the barriers
 #define AHEAD (SPLIT ? 1024 : 3072)                   // bytes: of both, in front of the ring and the sums
 #define PRODUCTS (BOXES * 128 / AT_ONCE)              // of a stage, for 64 channels
@@ -362,12 +363,13 @@ scaled_linear(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q
 #if !SPLIT
       release(before);
 #pragma unroll
-      for (int start = 0; start < TOKENS; start += AWAY) {
+      for (int part = 0; part < TOKENS; part += PART) {
+        const int start = part / AWAY * AWAY; // of what leaves together
         const u32 written = ring + STAGES * STAGE_BYTES + (group * BUFFERS + start / AWAY % BUFFERS) * TALL * (AWAY * 128);
 #pragma unroll
-        for (int i = 0; i < AWAY; i += 16) {
-          const int now = (start + i) / 16 % 2;
-          if (start + i + 16 < TOKENS) scales_of(start + i + 16, two[1 - now]);
+        for (int i = part; i < part + PART; i += 16) {
+          const int now = i / 16 % 2;
+          if (i + 16 < TOKENS) scales_of(i + 16, two[1 - now]);
           Token m[2][2];
 #pragma unroll
           for (int j = 0; j < (AWAY < 16 ? 1 : 2); j++) {
@@ -375,16 +377,16 @@ scaled_linear(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q
 #if ZEROS
 #pragma unroll
             for (int h = 0; h < 2; h++)
-              m[j][h].zero = __shfl_sync(~0u, zero_of_lane[(start + i) / 32], (start + i) % 32 + j * 8 + 2 * t + h);
+              m[j][h].zero = __shfl_sync(~0u, zero_of_lane[i / 32], i % 32 + j * 8 + 2 * t + h);
 #endif
           }
-          const int row = i + lane / 16 * 8 + lane % 8, c = warp * 32 + lane / 8 % 2 * 16;
+          const int row = i - start + lane / 16 * 8 + lane % 8, c = warp * 32 + lane / 8 % 2 * 16;
 #pragma unroll
           for (int r = 0; r < TALL; r++) {
             u32 v[4];
 #pragma unroll
             for (int j = 0; j < (AWAY < 16 ? 2 : 4); j++) {
-              const NUMBER* from = d[r] + (start + i + j / 2 * 8) / 2 + j % 2 * 2;
+              const NUMBER* from = d[r] + (i + j / 2 * 8) / 2 + j % 2 * 2;
               v[j] = to_halves(scaled(from[0], m[j / 2][0], n[r][j % 2]), scaled(from[1], m[j / 2][1], n[r][j % 2]));
             }
             const u32 block = written + r * (AWAY * 128); // [token][64 channels]
@@ -394,6 +396,7 @@ scaled_linear(const __grid_constant__ Matrix x, const __grid_constant__ Matrix q
               store_matrices_transposed(block + row * 128 + (c ^ row % 8 * 16), v);
           }
         }
+        if (part + PART < start + AWAY) continue;
         before_copies();
         if (BUFFERS > 1 && thread % 128 == 0) copies_back_read<(BUFFERS > 1 ? BUFFERS - 2 : 0)>(); // where the next go
         asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");

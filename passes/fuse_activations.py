@@ -16,6 +16,7 @@ from ..program import Program
 from .base import Pass, Stage
 
 aten = torch.ops.aten
+KERNEL = "cuda"  # the implementation that takes both
 FUNCTIONS = {(aten.gelu.default, "none"): "gelu", (aten.gelu.default, "tanh"): "gelu_tanh"}  # call, behind its input
 
 
@@ -37,6 +38,7 @@ class FuseActivations(Pass):
             for node in (behind, y):
                 program.graph.erase_node(node)
             for row in site.rows:
+                row.kernel = KERNEL
                 row.notes.append("fused with GELU after it")
             fused += 1
         return fused
@@ -44,7 +46,7 @@ class FuseActivations(Pass):
 
 def takes(op: ActivatedLinearOp, case: Case) -> bool:
     """Whether a kernel takes the op whole."""
-    return op.choose(case).name == "cuda"
+    return op.choose(case).name == KERNEL
 
 
 def function(node: Node) -> str | None:

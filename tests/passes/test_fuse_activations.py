@@ -58,6 +58,7 @@ def test_fused(taken, recipe, op, between):
     found = operators(program)
     assert matches == 1 and found[op] == 1 and "aten.gelu" not in found
     rows = {row.name: row.notes for row in program.rows}
+    assert {row.name: row.kernel for row in program.rows}["up"] == "cuda"
     assert "fused with GELU after it" in rows["up"] and "fused with GELU after it" not in rows["down"]
     assert {site.node.graph for site in program.sites} == {program.graph}
 
