@@ -284,9 +284,7 @@ def test_decoding_step_by_step_in_graphs(fresh_compiler):
     dim = torch.export.Dim("T", max=24)
     for made in (ops, parts):
         example = x[:, :, :3].contiguous(), torch.arange(3).repeat(2, 1)
-        exported = torch.export.export(
-            Layers(*made), example, dynamic_shapes=({2: dim}, {1: dim}), strict=False
-        )
+        exported = torch.export.export(Layers(*made), example, dynamic_shapes=({2: dim}, {1: dim}), strict=False)
         assert any("aograph" in str(node.target) for node in exported.graph.nodes) == (made is ops)
         torch.testing.assert_close(steps(exported.module(), x), expected)
 
