@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/python demo.py
 
+# In the order of the files: groups of few tests, which xdist would leave for the end, are the slow ones.
 test: .venv/ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder
 
 # The type checker reads the packages where the build puts them, under their imported names.
 lint: .venv/ready

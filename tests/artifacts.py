@@ -32,19 +32,19 @@ def dequantized(model):
 RECIPE = "int4wo(group_size=32) + lm_head:int8wo"
 
 
-def two_layers():
-    """Two layers of mini in fp32."""
+def mini(layers):
+    """The first layers of mini in fp32."""
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(MINI, dtype=torch.float32).eval()
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers = 2
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
     return model
 
 
 @pytest.fixture(scope="session")
 def language_model(tmp_path_factory):
-    """Two layers of mini, saved for two rows of 48 tokens: `path`, the `model`, `fast`, and `reference`."""
-    model = two_layers()
+    """A layer of mini, saved for two rows of 48 tokens: `path`, the `model`, `fast`, and `reference`."""
+    model = mini(1)
     fast = aograph.optimize(model, RECIPE, {"input_ids": ids(), "use_cache": False}, compile=False)
     path = tmp_path_factory.mktemp("artifact") / "model.pt2"
     fast.save(path, max_length=48, batch_size=2, tokenizer=MINI, options=FAST_BUILD)
@@ -53,12 +53,12 @@ def language_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def packed_cache(tmp_path_factory):
-    """The same with caches in int8, of 45 tokens, so that rows of scales are at odd addresses: `path`, `reference`."""
-    model = two_layers()
+    """The same of two layers, with caches in int8, of 45 tokens, so that rows of scales are at odd addresses."""
+    model = mini(2)
     fast = aograph.optimize(model, f"{RECIPE} + kv8", {"input_ids": ids(), "use_cache": False}, compile=False)
     path = tmp_path_factory.mktemp("artifact") / "model.pt2"
     fast.save(path, max_length=45, batch_size=2, options=FAST_BUILD)
-    return types.SimpleNamespace(path=path, reference=dequantized(model))
+    return types.SimpleNamespace(path=path, model=model, fast=fast, reference=dequantized(model))
 
 
 @pytest.fixture(scope="session")

@@ -326,20 +326,21 @@ def scaled(model, factor):
     return {name: tensor.detach() * factor for name, tensor in model.state_dict().items()}
 
 
-def test_new_weights_are_packed_as_at_save(own, language_model):
+def test_new_weights_are_packed_as_at_save(packed_cache):
+    """Those of each layer."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
-    new = transformers.AutoModelForCausalLM.from_config(language_model.model.config).eval()
+    own, new = load(packed_cache.path), transformers.AutoModelForCausalLM.from_config(packed_cache.model.config).eval()
     inputs = {"input_ids": ids(), "use_cache": False}
     assert own.update_weights(new.state_dict()) == len(own.about["packs"])
-    expected = aograph.optimize(new, language_model.fast.recipe, inputs, compile=False)
+    expected = aograph.optimize(new, packed_cache.fast.recipe, inputs, compile=False)
     torch.testing.assert_close(own(**inputs).logits, expected(**inputs).logits, rtol=1e-4, atol=1e-4)
-    own.update_weights(language_model.model.state_dict())
-    torch.testing.assert_close(own(**inputs).logits, language_model.fast(**inputs).logits, rtol=1e-4, atol=1e-4)
+    own.update_weights(packed_cache.model.state_dict())
+    torch.testing.assert_close(own(**inputs).logits, packed_cache.fast(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_part_of_the_weights(own, language_model):
-    name = "model.layers.1.mlp.down_proj.weight"
+    name = "model.layers.0.mlp.down_proj.weight"
     before = own.generate(ids(1, 5), 8)
     assert own.update_weights({name: -language_model.model.get_parameter(name)}) == 1
     assert not torch.equal(own.generate(ids(1, 5), 8), before)
@@ -376,7 +377,7 @@ ATTENTION = "model.layers.0.self_attn.{}_proj.weight"
 )
 def test_weights_that_do_not_fit_change_nothing(own, state, message):
     before = own(input_ids=ids(), use_cache=False).logits
-    good = {"model.layers.1.mlp.down_proj.weight": torch.ones(256, 768)}
+    good = {"model.layers.0.mlp.down_proj.weight": torch.ones(256, 768)}
     for each in (state, {**good, **state}):
         with pytest.raises(InputError, match=message):
             own.update_weights(each)

@@ -216,8 +216,9 @@ def test_a_calibrated_recipe_keeps_its_statistics(original, tmp_path):
     recipe = dataclasses.replace(Recipe.of("int8wo"), statistics=found)
     packed, path = tmp_path / "packed", tmp_path / "packed" / "packed.statistics.safetensors"
     load(original, recipe).save_pretrained(packed)
-    assert load(packed).recipe == load(packed, "int8wo").recipe == load(packed, recipe).recipe == recipe
-    load(packed).save_pretrained(tmp_path / "again")
+    again = load(packed)
+    assert again.recipe == load(packed, "int8wo").recipe == load(packed, recipe).recipe == recipe
+    again.save_pretrained(tmp_path / "again")
     assert load(tmp_path / "again").recipe == recipe
     other = {"lm_head.weight": LinearStatistics(-1.5, 3.0, torch.rand(64), 7)}
     with pytest.raises(InputError, match="is packed by the recipe"):

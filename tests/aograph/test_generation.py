@@ -48,10 +48,11 @@ WAYS = {
 
 @functools.cache
 def pretrained(folder, recipe, device):
-    """(the original, the optimized, the dequantized); the last knows all graphs that the ways need."""
+    """(the original, the optimized, the dequantized), of two layers; the last knows all graphs that the ways need."""
     if not (folder / "config.json").is_file():
         pytest.skip(f"{folder.name} is not in {folder.parent}")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
     optimized = optimize(model, recipe, compile=False)
     optimized(**WAYS["padded"](device))
     return model, optimized, dequantized(model, optimized, recipe)
@@ -79,7 +80,7 @@ def counted(optimized):
 @both_caches
 def test_a_graph_for_the_prompt_and_one_for_all_tokens(cache):
     """Whatever the length of the prompt: 2 key heads, 4 heads, 64 wide, are lengths too."""
-    model, _ = build("llama_with_cache")
+    model, _ = build("llama_with_cache", layers=1)
     optimized = optimize(model, INT8, compile=False)
     for length in (4, 9, 2, 64):
         generate(optimized, **prompts(2, length), cache_implementation=cache)
@@ -197,7 +198,7 @@ def test_what_generate_refuses(tiny):
 
 @both_devices
 def test_handed_over_there_is_one_copy_of_each_weight(device):
-    model = build("llama_with_cache")[0].to(device)
+    model = build("llama_with_cache", layers=1)[0].to(device)
     original = copy.deepcopy(model)
     optimized = optimize(model, INT8, hand_over=True, compile=False)
     ways = [prompts(2, 6, device) | {"cache_implementation": cache} for cache in (None, "static")]
@@ -227,9 +228,9 @@ def sharpen(model):
     return model.eval()
 
 
-def t5():
+def t5(layers=2):
     config = transformers.T5Config(
-        vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=layers, num_heads=4, decoder_start_token_id=0,
         tie_word_embeddings=False,
     )  # fmt: skip
     return sharpen(transformers.T5ForConditionalGeneration(config))
@@ -289,18 +290,18 @@ def test_an_encoder_decoder_model_is_captured_whole():
 
 
 def test_rules_for_an_encoder_and_a_decoder():
-    optimized = optimize(t5(), f"{INT8} + encoder.*:none + lm_head:none", compile=False)
+    optimized = optimize(t5(1), f"{INT8} + encoder.*:none + lm_head:none", compile=False)
     generate(optimized, **short(3, 7))
     assert not optimized.encoder.report.rewritten and optimized.report.rewritten
     with pytest.raises(RecipeError, match="no module of the model has a name that the rule name='encode"):
-        optimize(t5(), f"{INT8} + encode.*:none", compile=False)
+        optimize(t5(1), f"{INT8} + encode.*:none", compile=False)
 
 
 @both_caches
 def test_a_sliding_window(cache):
     """Before the window is full, as it fills, and when it moves."""
     config = transformers.MistralConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, sliding_window=10,
     )  # fmt: skip
     model = sharpen(transformers.MistralForCausalLM(config))
@@ -317,7 +318,7 @@ def test_a_sliding_window(cache):
 
 
 def test_compiled(fresh_compiler):
-    model, _ = build("llama_with_cache")
+    model, _ = build("llama_with_cache", layers=1)
     optimized = optimize(model, INT8)
     given, expected = (StaticCache(model.config, max_cache_len=20) for _ in range(2))
     tokens = generate(optimized, **prompts(2, 6), past_key_values=given)

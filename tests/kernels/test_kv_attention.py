@@ -261,22 +261,30 @@ def steps(layer, x):
     return torch.cat([layer(x[:, :, p].contiguous(), at) for p, at in zip(parts, positions, strict=True)], 2)
 
 
-@each
-def test_decoding_step_by_step_in_graphs(form, fresh_compiler):
+class Layers(torch.nn.ModuleList):
+    """A layer of each format, all on the same tokens: their outputs along a dimension behind the last."""
+
+    def __init__(self, update, attend):
+        super().__init__(Attention(form, update, attend) for form in FORMATS)
+
+    def forward(self, x, positions):
+        return torch.stack([layer(x, positions) for layer in self], -1)
+
+
+def test_decoding_step_by_step_in_graphs(fresh_compiler):
     """The same in eager mode, compiled, exported, and exported as torch's own operators."""
     x = torch.randn(2, 4, 20, 32)
-    expected = steps(Attention(form, kv_update, op), x)
-    k, v = (form.dequantize(*form.quantize(part), torch.float32) for part in (x[:, :2], x[:, 2:]))
-    torch.testing.assert_close(expected, F.scaled_dot_product_attention(x, k, v, is_causal=True, enable_gqa=True))
+    expected = steps(Layers(kv_update, op), x)
+    for form, y in zip(FORMATS, expected.unbind(-1), strict=True):
+        k, v = (form.dequantize(*form.quantize(part), torch.float32) for part in (x[:, :2], x[:, 2:]))
+        torch.testing.assert_close(y, F.scaled_dot_product_attention(x, k, v, is_causal=True, enable_gqa=True))
     ops = torch.ops.aograph.kv_update, torch.ops.aograph.kv_attention
-    torch.testing.assert_close(steps(torch.compile(Attention(form, *ops), fullgraph=True), x), expected)
+    torch.testing.assert_close(steps(torch.compile(Layers(*ops), fullgraph=True), x), expected)
     parts = [lambda *args, op=op: op.apply(op.standalone(CASE, 1, 24), *args) for op in (kv_update, op)]
     dim = torch.export.Dim("T", max=24)
     for made in (ops, parts):
         example = x[:, :, :3].contiguous(), torch.arange(3).repeat(2, 1)
-        exported = torch.export.export(
-            Attention(form, *made), example, dynamic_shapes=({2: dim}, {1: dim}), strict=False
-        )
+        exported = torch.export.export(Layers(*made), example, dynamic_shapes=({2: dim}, {1: dim}), strict=False)
         assert any("aograph" in str(node.target) for node in exported.graph.nodes) == (made is ops)
         torch.testing.assert_close(steps(exported.module(), x), expected)
 

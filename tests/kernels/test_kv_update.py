@@ -108,20 +108,30 @@ class Cache(torch.nn.Module):
         return self.scales.float().abs().sum()
 
 
-@each
-def test_behind_torch_compile_and_export(form, fresh_compiler):
+class Caches(torch.nn.ModuleList):
+    """A cache of each format."""
+
+    def __init__(self):
+        super().__init__(map(Cache, FORMATS))
+
+    def forward(self, new, positions):
+        return [cache(new, positions) for cache in self]
+
+
+def test_behind_torch_compile_and_export(fresh_compiler):
     new, positions = torch.randn(B, H, 2, D), torch.tensor([4, 7])
-    expected = written(form, new, positions)[1]
-    compiled = Cache(form)
-    total = torch.compile(compiled, fullgraph=True)(new, positions)
-    assert same((compiled.codes, compiled.scales), expected) and total > 0
-    tokens = torch.export.Dim("T", max=S)
+    compiled, tokens = Caches(), torch.export.Dim("T", max=S)
+    totals = torch.compile(compiled, fullgraph=True)(new, positions)
     exported = torch.export.export(
-        Cache(form), (new, positions), dynamic_shapes=({2: tokens}, {0: tokens}), strict=False
+        Caches(), (new, positions), dynamic_shapes=({2: tokens}, {0: tokens}), strict=False
     ).module()
     exported(new[:, :, :1], positions[:1])
     exported(new[:, :, 1:], positions[1:])
-    assert same((exported.codes, exported.scales), expected)
+    for i, form in enumerate(FORMATS):
+        expected = written(form, new, positions)[1]
+        for cache in (compiled[i], exported.get_submodule(str(i))):
+            assert same((cache.codes, cache.scales), expected), form
+        assert totals[i] > 0
 
 
 @each

@@ -1,5 +1,6 @@
-"""Whole models at toy size: (model in eval mode, example inputs as keyword arguments)."""
+"""Whole models at toy size, of two layers: (model in eval mode, example inputs as keyword arguments)."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,44 +14,45 @@ def ids(batch=2, length=12, vocabulary=128):
     return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
-def llama(use_cache):
+def llama(use_cache, layers=2):
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(MINI, dtype=torch.float32)
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers = 2
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
     return model, {"input_ids": ids(), "use_cache": use_cache}
 
 
-def bert():
+def bert(layers):
     import transformers
 
     config = transformers.BertConfig(
-        vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+        vocab_size=128, hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=128
     )
     return transformers.BertForSequenceClassification(config), {"input_ids": ids()}
 
 
-def gpt2():
+def gpt2(layers):
     import transformers
 
-    config = transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    config = transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=layers, n_head=4, n_positions=64)
     return transformers.GPT2LMHeadModel(config), {"input_ids": ids(), "use_cache": False}
 
 
-def vit():
+def vit(layers):
     import transformers
 
     config = transformers.ViTConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=32, patch_size=8
-    )
+        hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=128, image_size=32,
+        patch_size=8,
+    )  # fmt: skip
     return transformers.ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 32, 32)}
 
 
-def t5_encoder():
+def t5_encoder(layers):
     import transformers
 
-    config = transformers.T5Config(vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    config = transformers.T5Config(vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=layers, num_heads=4)
     return transformers.T5EncoderModel(config), {"input_ids": ids()}
 
 
@@ -82,10 +84,10 @@ class Experts(nn.Module):
 
 
 class Mixture(nn.Module):
-    def __init__(self, width=64):
+    def __init__(self, layers, width=64):
         super().__init__()
         self.embedding = nn.Embedding(128, width)
-        self.layers = nn.ModuleList(Experts(width) for _ in range(2))
+        self.layers = nn.ModuleList(Experts(width) for _ in range(layers))
         self.head = nn.Linear(width, 128, bias=False)
 
     def forward(self, input_ids):
@@ -95,25 +97,25 @@ class Mixture(nn.Module):
         return self.head(x)
 
 
-def mixture():
-    return Mixture(), {"input_ids": ids()}
+def mixture(layers):
+    return Mixture(layers), {"input_ids": ids()}
 
 
-def mixtral():
+def mixtral(layers):
     """The one of transformers: its experts are banks [E, N, K] from which data picks."""
     import transformers
 
     config = transformers.MixtralConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     config._experts_implementation = "batched_mm"
     return transformers.MixtralForCausalLM(config), {"input_ids": ids(), "use_cache": False}
 
 
-def transformer_encoder():
+def transformer_encoder(layers):
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), {"src": torch.randn(2, 12, 64)}
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False), {"src": torch.randn(2, 12, 64)}
 
 
 class Functional(nn.Module):
@@ -140,11 +142,11 @@ class Functional(nn.Module):
         return y, y @ self.vector, self.both[:64] @ y.transpose(1, 2)
 
 
-def functional():
+def functional(_):
     return Functional(), {"x": torch.randn(2, 12, 64)}
 
 
-def convnet():
+def convnet(_):
     net = nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1),
         nn.ReLU(),
@@ -162,14 +164,14 @@ def convnet():
 
 
 MODELS = {
-    "llama": lambda: llama(False), "llama_with_cache": lambda: llama(True), "bert": bert, "gpt2": gpt2, "vit": vit,
+    "llama": partial(llama, False), "llama_with_cache": partial(llama, True), "bert": bert, "gpt2": gpt2, "vit": vit,
     "t5_encoder": t5_encoder, "mixture": mixture, "mixtral": mixtral, "transformer_encoder": transformer_encoder,
     "functional": functional, "convnet": convnet,
 }  # fmt: skip
 
 
-def build(name):
+def build(name, layers=2):
     """A model of the zoo, the same weights every time."""
     torch.manual_seed(0)
-    model, inputs = MODELS[name]()
+    model, inputs = MODELS[name](layers)
     return model.eval(), inputs

@@ -38,8 +38,9 @@ def pair(m, x):
 
 
 @pytest.mark.parametrize("quantize", ALL, ids=lambda f: getattr(f, "__name__", "static"))
-@pytest.mark.parametrize("shape", [(128,), (3, 128), (2, 3, 128)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape, dtype", [((128,), torch.float32), ((3, 128), torch.bfloat16), ((2, 3, 128), torch.float32)]
+)
 def test_the_nodes_compute_what_the_function_computes(quantize, shape, dtype):
     x = torch.randn(shape, dtype=dtype)
     program = sited(lambda m, x: F.linear(x.relu(), m.a), x, dynamic=True, a=WEIGHTS["a"].to(dtype))

@@ -113,8 +113,7 @@ FUSE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", ["int8wo", "int4wo"])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("recipe, bias", [("int8wo", False), ("int4wo", True)], ids=["int8", "int4-bias"])
 @pytest.mark.parametrize("function, parts, note", FUSE.values(), ids=FUSE)
 def test_what_is_fused(function, parts, note, bias, recipe):
     program = fused(function, bias=bias, recipe=recipe)
@@ -318,8 +317,7 @@ LAYER = [["norm"], ["residual"], ["norm", "gated"], ["residual"]]
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("compile", [False, pytest.param(True, id="inductor")])
-@pytest.mark.parametrize("recipe", ["int8wo", "int4wo"])
+@pytest.mark.parametrize("recipe, compile", [("int8wo", False), ("int4wo", True)], ids=["int8", "int4-inductor"])
 def test_a_layer_behind_torch_compile(layer, recipe, compile):
     layer, inputs = layer
     reports, results = [], []
