@@ -15,17 +15,10 @@ to, the tokens that are not written again are rounded a second time when it leav
 import torch
 from torch import Tensor
 
-from .kv_cache import CODES, FLOATS, CacheCase, CacheOp, KVFormat
+from .kv_cache import FLOATS, CacheCase, CodesOp, KVFormat
 from .op import capability
 
-
-class Update(CacheOp):
-    """It takes codes first."""
-
-    takes = tuple(CODES.values())
-
-
-kv_update = Update(
+kv_update = CodesOp(
     "kv_update(Tensor(a!) codes, Tensor(b!) scales, Tensor new, Tensor positions, Tensor(c!)? window=None, "
     "Tensor(d!)? held=None) -> ()"
 )
