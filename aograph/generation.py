@@ -104,7 +104,7 @@ class OptimizedPreTrained(OptimizedModule):
                 return PackedCache(self, batch_size=batch_size, max_cache_len=self._longest)
             except InputError as error:
                 warnings.warn(f"the cache stays as it is: {error}", stacklevel=2)
-        prepare = type(self._model[0])._prepare_static_cache
+        prepare: Any = type(self._model[0])._prepare_static_cache  # type: ignore[attr-defined]
         return prepare(shell, cache_implementation, batch_size, max_cache_len, *rest, **options)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
