@@ -47,6 +47,9 @@ class OptimizedPreTrained(OptimizedModule):
             encoder = stand_in(model.get_encoder(), lambda _, *args, **kwargs: optimized(*args, **kwargs))
             members["get_encoder"] = lambda *_, **__: encoder
         members["_prepare_static_cache"] = lambda shell, *args, **kwargs: self._static_cache(shell, *args, **kwargs)
+        members["_prepare_cache_for_generation"] = lambda shell, *args, **kwargs: self._prepare_cache(
+            shell, *args, **kwargs
+        )
         shell = stand_in(model, lambda _, *args, **kwargs: self(*args, **kwargs), **members)
         shell.generation_config = copy.deepcopy(getattr(model, "generation_config", None))  # BERT has none
         self._shell = [shell]  # in a list: not a submodule
@@ -66,8 +69,8 @@ class OptimizedPreTrained(OptimizedModule):
         Under a recipe with a rule for caches the cache is an `aograph.PackedCache`, made here or given as
         `past_key_values`, unless `cache_implementation` names another than "static"; a warning says where it cannot be.
 
-        Raises `InputError` where the model cannot generate, for a `compile_config` (the graphs are compiled as
-        `optimize` was told), and for a cache that no graph can take.
+        Raises `InputError` where the model cannot generate, for a packed cache that the text may outgrow, for a
+        `compile_config` (the graphs are compiled as `optimize` was told), and for a cache that no graph can take.
         """
         model = self._shell[0]
         if not model.can_generate():
@@ -77,17 +80,42 @@ class OptimizedPreTrained(OptimizedModule):
                              "leave compile_config out")  # fmt: skip
         if isinstance(assistant := kwargs.get("assistant_model"), OptimizedPreTrained):
             kwargs["assistant_model"] = assistant._shell[0]
-        if self._wants_packed(kwargs):
+        if packs_caches(self.recipe) and self._makes_cache(kwargs):
             kwargs["cache_implementation"] = "static"
         return model.generate(*args, **{**kwargs, "disable_compile": True})
 
-    def _wants_packed(self, options: dict[str, Any]) -> bool:
-        """Whether `generate` makes the cache, of a kind that nobody has named, and a rule packs it."""
+    def _makes_cache(self, options: dict[str, Any]) -> bool:
+        """Whether a cache that `generate` makes may be packed: nobody has named one. Warns of what cannot have one."""
         config = options.get("generation_config") or self.generation_config
-        others = "past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens"
-        named = any(options.get(name, getattr(config, name, None)) is not None for name in others)
-        cached = options.get("use_cache", getattr(config, "use_cache", True)) is not False
-        return packs_caches(self.recipe) and self.encoder is None and cached and not named
+
+        def given(name: str) -> Any:
+            return options.get(name, getattr(config, name, None))
+
+        named = any(given(name) is not None for name in ("past_key_values", "cache_implementation"))
+        if named or given("use_cache") is False:
+            return False
+        guessed = any(given(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens"))
+        if (
+            reason := "the model has an encoder"
+            if self.encoder
+            else guessed and "assisted generation takes tokens back"
+        ):
+            warnings.warn(f"the cache stays as it is: {reason}", stacklevel=3)
+        return not reason
+
+    def _prepare_cache(
+        self, shell: Any, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int,
+        max_cache_length: int,
+    ) -> Any:  # fmt: skip
+        """What transformers asks for a cache. Raises `InputError` for a packed one that the text may outgrow."""
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, huggingface.cache_kind("PackedCache") or ()) and max_cache_length > cache.max_cache_len:
+            raise InputError(
+                f"the cache has room for {cache.max_cache_len} tokens, but the text may take {max_cache_length}: make "
+                "it longer, or give a lower max_new_tokens"
+            )
+        prepare: Any = type(self._model[0])._prepare_cache_for_generation  # type: ignore[attr-defined]
+        return prepare(shell, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
     def _static_cache(
         self, shell: Any, cache_implementation: str, batch_size: int, max_cache_len: int, *rest: Any, **options: Any
@@ -96,7 +124,7 @@ class OptimizedPreTrained(OptimizedModule):
 
         It has room to spare, as a graph is captured for one length alone.
         """
-        if packs_caches(self.recipe) and self.encoder is None and cache_implementation == "static":
+        if packs_caches(self.recipe) and not self.encoder and cache_implementation == "static":
             from .packed_cache import PackedCache
 
             self._longest = max(self._longest, -(-max_cache_len // ROOM) * ROOM)

@@ -31,7 +31,7 @@ from .report import Row
 from .schemes import KVCache
 
 WHOLE = StaticLayer, StaticSlidingWindowLayer  # kinds of layers that hold the last tokens, all if there is room
-SHAPES: WeakKeyDictionary[nn.Module, list[CacheShape]] = WeakKeyDictionary()  # of the layers of models
+SHAPES: WeakKeyDictionary[nn.Module, tuple[Any, list[CacheShape]]] = WeakKeyDictionary()  # with what they depend on
 
 
 class PackedLayer(StaticLayer):
@@ -104,7 +104,7 @@ class PackedCache(StaticCache):
     recipe: as for `aograph.optimize`; None: that of an optimized model.
     batch_size: rows; of beams, and sequences that are returned, each has one.
     max_cache_len: tokens of a row, rounded up to whole blocks of 64 where keys are packed by channel. Writing past the
-        end is an error.
+        end is an error; on a GPU it stops the device, as indexing does, but `generate` of optimized models asks first.
     device: None: where the model is.
 
     Outside of graphs that aograph rewrites, each attention unpacks the cache of its layer as a whole. Raises
@@ -142,6 +142,11 @@ class PackedCache(StaticCache):
             )
 
     @property
+    def max_cache_len(self) -> int:
+        """Tokens of a row, in layers that hold all of them."""
+        return max(layer.get_max_length() for layer in self.layers)
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token of one row in all packed layers."""
         found = 0
@@ -159,16 +164,17 @@ def original(model: Any) -> Any:
     return model._model[0] if isinstance(model, OptimizedModule) else model
 
 
-def shapes_of(model: nn.Module) -> list[CacheShape]:
+def shapes_of(model: Any) -> list[CacheShape]:
     """What the layers of a model put into a cache. Raises `InputError` where that is not keys and values alone."""
-    if model not in SHAPES:
+    known = model.dtype, model.config.get_text_config().num_hidden_layers
+    if SHAPES.get(model, (None,))[0] != known:
         twin = copy.copy(model)
         twin.__dict__.pop("forward", None)  # where it was compiled
         try:
-            SHAPES[model] = layer_shapes(on_meta(twin))
+            SHAPES[model] = known, layer_shapes(on_meta(twin))
         except NoSteps as error:
             raise InputError(f"{type(model).__name__} cannot have a packed cache: {error}") from error
-    return SHAPES[model]
+    return SHAPES[model][1]
 
 
 def packed_shape(shape: CacheShape, recipe: Recipe, layer: int) -> CacheShape | None:
