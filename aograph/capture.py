@@ -113,10 +113,11 @@ def capture(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any = N
     huggingface.register_pytrees()
     model = with_named_keywords(model, kwargs)
     args, kwargs = told_apart(args, kwargs)
-    automatic = ShapesCollection()
+    automatic, packed = ShapesCollection(), huggingface.packed_tensors((args, kwargs))
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and leaf.ndim:
-            automatic[leaf] = {i: Dim.AUTO for i, size in enumerate(leaf.shape) if size > 1}
+            sizes = leaf.shape[:1] if id(leaf) in packed else leaf.shape  # its heads and positions are as they are
+            automatic[leaf] = {i: Dim.AUTO for i, size in enumerate(sizes) if size > 1}
     attempts = [dynamic_shapes] if dynamic_shapes is not None else [automatic, None]
     for attempt in attempts:
         try:
@@ -138,11 +139,14 @@ def capture(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any = N
 
 
 def told_apart(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments, a tensor that is there twice as a view of itself: torch.export would make one input of both."""
+    """The arguments, a tensor that is there twice as a view of itself: torch.export would make one input of both.
+
+    So is one whose sizes are marked as static, as torch.export wipes such marks out.
+    """
     seen = set()
 
     def once(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or id(leaf) not in seen:
+        if not isinstance(leaf, Tensor) or (id(leaf) not in seen and not hasattr(leaf, "_dynamo_static_indices")):
             seen.add(id(leaf))
             return leaf
         return leaf.detach()

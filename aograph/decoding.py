@@ -155,17 +155,29 @@ def cache_shapes(model: Any, length: int) -> list[CacheShape]:
     if window is not None and window < length:
         raise NoSteps(f"its attention slides over {window} tokens, fewer than max_length = {length}")
     weight = next(model.parameters())  # all are on one device
-    positions = torch.arange(4, device=weight.device)[None]
+    shapes = layer_shapes(model)
+    if not weight.is_meta:
+        with eval_mode(model):
+            check_step(model, shapes, weight.device)
+    return shapes
+
+
+@torch.no_grad()
+def layer_shapes(model: Any) -> list[CacheShape]:
+    """What each layer of a language model of transformers puts into a cache, by running it on four tokens.
+
+    Raises `NoSteps` where it does not run so, or not all layers keep keys and values.
+    """
+    positions = torch.arange(4, device=next(model.parameters()).device)[None]
     recorder = Recorder(positions)
-    with eval_mode(model):
-        try:
+    try:
+        with eval_mode(model):
             run(model, positions, positions, recorder, 4)
-        except Exception as error:
-            raise NoSteps(f"it does not run with a cache of keys and values: {first_line(error)}") from error
-        if len(recorder.shapes) != config.num_hidden_layers:
-            raise NoSteps(f"{len(recorder.shapes)} of its {config.num_hidden_layers} layers keep keys and values")
-        if not weight.is_meta:
-            check_step(model, recorder.shapes, weight.device)
+    except Exception as error:
+        raise NoSteps(f"it does not run with a cache of keys and values: {first_line(error)}") from error
+    layers = model.config.get_text_config().num_hidden_layers
+    if len(recorder.shapes) != layers:
+        raise NoSteps(f"{len(recorder.shapes)} of its {layers} layers keep keys and values")
     return recorder.shapes
 
 

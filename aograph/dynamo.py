@@ -83,6 +83,8 @@ def from_dynamo(
             node.meta["val"] = mode.from_tensor(state[node.target])  # tracing knows it under a mode of its own
         if node.target is torch._C._set_grad_enabled:
             node.meta["val"], (records,) = None, node.args
+        if isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns:
+            node.meta["val"] = None
         node.meta["grad"] = records
     ranges = {s: as_bound(r) for s, r in mode.shape_env.var_to_range.items()} if mode.shape_env else {}
     return DynamoGraph(program_of(traced, state, names, ranges), kept, weights, shared)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,9 @@ from .capture import stand_in
 from .errors import InputError, RecipeError
 from .optimize import OptimizedModule
 from .recipe import Recipe, Rule
+from .schemes import CACHE
+
+ROOM = 256  # tokens: packed caches that `generate` makes are a multiple of it long
 
 
 class OptimizedPreTrained(OptimizedModule):
@@ -33,6 +37,7 @@ class OptimizedPreTrained(OptimizedModule):
         super().__init__(model, recipe, **options)
         self.config, self.dtype = model.config, model.dtype
         self.encoder: OptimizedModule | None = None
+        self._longest = 0  # tokens, of packed caches that `generate` has made
         members: dict[str, Any] = {"device": property(lambda _: self.device)}
         if divided:
             called = stand_in(model, lambda whole, *args, **kwargs: whole.get_encoder()(*args, **kwargs))
@@ -41,6 +46,10 @@ class OptimizedPreTrained(OptimizedModule):
             optimized._store = self._store
             encoder = stand_in(model.get_encoder(), lambda _, *args, **kwargs: optimized(*args, **kwargs))
             members["get_encoder"] = lambda *_, **__: encoder
+        members["_prepare_static_cache"] = lambda shell, *args, **kwargs: self._static_cache(shell, *args, **kwargs)
+        members["_prepare_cache_for_generation"] = lambda shell, *args, **kwargs: self._prepare_cache(
+            shell, *args, **kwargs
+        )
         shell = stand_in(model, lambda _, *args, **kwargs: self(*args, **kwargs), **members)
         shell.generation_config = copy.deepcopy(getattr(model, "generation_config", None))  # BERT has none
         self._shell = [shell]  # in a list: not a submodule
@@ -57,8 +66,11 @@ class OptimizedPreTrained(OptimizedModule):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates tokens, as `generate` of the model does and with its parameters.
 
-        Raises `InputError` where the model cannot generate, for a `compile_config` (the graphs are compiled as
-        `optimize` was told), and for a cache that no graph can take.
+        Under a recipe with a rule for caches the cache is an `aograph.PackedCache`, made here or given as
+        `past_key_values`, unless `cache_implementation` names another than "static"; a warning says where it cannot be.
+
+        Raises `InputError` where the model cannot generate, for a packed cache that the text may outgrow, for a
+        `compile_config` (the graphs are compiled as `optimize` was told), and for a cache that no graph can take.
         """
         model = self._shell[0]
         if not model.can_generate():
@@ -68,7 +80,60 @@ class OptimizedPreTrained(OptimizedModule):
                              "leave compile_config out")  # fmt: skip
         if isinstance(assistant := kwargs.get("assistant_model"), OptimizedPreTrained):
             kwargs["assistant_model"] = assistant._shell[0]
+        if packs_caches(self.recipe) and self._makes_cache(kwargs):
+            kwargs["cache_implementation"] = "static"
         return model.generate(*args, **{**kwargs, "disable_compile": True})
+
+    def _makes_cache(self, options: dict[str, Any]) -> bool:
+        """Whether a cache that `generate` makes may be packed: nobody has named one. Warns of what cannot have one."""
+        config = options.get("generation_config") or self.generation_config
+
+        def given(name: str) -> Any:
+            return options.get(name, getattr(config, name, None))
+
+        named = any(given(name) is not None for name in ("past_key_values", "cache_implementation"))
+        if named or given("use_cache") is False:
+            return False
+        guessed = any(given(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens"))
+        if (
+            reason := "the model has an encoder"
+            if self.encoder
+            else guessed and "assisted generation takes tokens back"
+        ):
+            warnings.warn(f"the cache stays as it is: {reason}", stacklevel=3)
+        return not reason
+
+    def _prepare_cache(
+        self, shell: Any, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int,
+        max_cache_length: int,
+    ) -> Any:  # fmt: skip
+        """What transformers asks for a cache. Raises `InputError` for a packed one that the text may outgrow."""
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, huggingface.cache_kind("PackedCache") or ()) and max_cache_length > cache.max_cache_len:
+            raise InputError(
+                f"the cache has room for {cache.max_cache_len} tokens, but the text may take {max_cache_length}: make "
+                "it longer, or give a lower max_new_tokens"
+            )
+        prepare: Any = type(self._model[0])._prepare_cache_for_generation  # type: ignore[attr-defined]
+        return prepare(shell, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+    def _static_cache(
+        self, shell: Any, cache_implementation: str, batch_size: int, max_cache_len: int, *rest: Any, **options: Any
+    ) -> Any:
+        """What transformers asks for in place of its own static cache: a packed one, where a rule packs caches.
+
+        It has room to spare, as a graph is captured for one length alone.
+        """
+        if packs_caches(self.recipe) and not self.encoder and cache_implementation == "static":
+            from .packed_cache import PackedCache
+
+            self._longest = max(self._longest, -(-max_cache_len // ROOM) * ROOM)
+            try:
+                return PackedCache(self, batch_size=batch_size, max_cache_len=self._longest)
+            except InputError as error:
+                warnings.warn(f"the cache stays as it is: {error}", stacklevel=2)
+        prepare: Any = type(self._model[0])._prepare_static_cache  # type: ignore[attr-defined]
+        return prepare(shell, cache_implementation, batch_size, max_cache_len, *rest, **options)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes the packed weights, the config and the recipe, for `aograph.load_pretrained`."""
@@ -80,6 +145,10 @@ class OptimizedPreTrained(OptimizedModule):
         given = huggingface.caches((args, kwargs))
         outputs = super().forward(*args, **kwargs)
         return huggingface.with_caches(outputs, given) if given else outputs
+
+
+def packs_caches(recipe: Recipe) -> bool:
+    return any(rule.scheme.kind == CACHE for rule in recipe.rules)
 
 
 def optional_rules(recipe: Recipe, model: nn.Module) -> Recipe:

@@ -118,6 +118,7 @@ LAYERS = {
     "DynamicSlidingWindowLayer": LayerKind(numbers=("cumulative_length",), settings=("sliding_window", "record_past")),
     "StaticLayer": LayerKind(static=True),
     "StaticSlidingWindowLayer": LayerKind(static=True, numbers=("cumulative_length_int",)),
+    "PackedLayer": LayerKind(static=True),
 }
 
 SIZES: WeakKeyDictionary[Any, dict[str, Tensor]] = WeakKeyDictionary()  # by layer and name of the number
@@ -131,6 +132,8 @@ def flatten_layer(layer: Any) -> tuple[list[Tensor], list[Any]]:
             f"a cache with layers of the class {name} cannot go in or out of a captured graph; "
             f"those that can: {', '.join(LAYERS)}"
         )
+    if name == "PackedLayer":
+        return layer.flatten()
     kind, filled = LAYERS[name], layer.keys is not None
     device = layer.keys.device if filled else None
     leaves = [layer.keys, layer.values] if filled else []
@@ -150,6 +153,8 @@ def sized(layer: Any, number: str, device: torch.device | None) -> Tensor:
 
 def unflatten_layer(leaves: Iterator[Any], context: list[Any]) -> Any:
     """The layer that a context describes; takes its tensors from `leaves`."""
+    if context[0] == "PackedLayer":
+        return sys.modules[PACKED].PackedLayer.unflatten(leaves, context)
     name, filled, settings = context
     kind, state = LAYERS[name], dict(settings)
     if filled:
@@ -196,9 +201,11 @@ def unflatten_pair(kind: Any, caches: Iterable[Any], context: list[Any]) -> Any:
     return cache
 
 
+PACKED = "aograph.packed_cache"  # imported by those who pack caches, as it imports transformers
 CACHES = {
     "DynamicCache": (flatten_layers, unflatten_layers),
     "StaticCache": (flatten_layers, unflatten_layers),
+    "PackedCache": (flatten_layers, unflatten_layers),
     "EncoderDecoderCache": (flatten_pair, unflatten_pair),
 }
 
@@ -211,10 +218,9 @@ def register_pytrees() -> None:
     """
     if "transformers" not in sys.modules:
         return
-    from transformers import cache_utils
-
     for name, (flatten, unflatten) in CACHES.items():
-        kind = getattr(cache_utils, name)
+        if (kind := cache_kind(name)) is None:
+            continue
         known = pytree.SUPPORTED_NODES.get(kind)
         if known is not None and known.flatten_fn is flatten:
             continue
@@ -229,9 +235,26 @@ def register_pytrees() -> None:
         )
 
 
+def cache_kind(name: str) -> Any:
+    """A class of caches by its name; None where nobody has imported it."""
+    module = PACKED if name == "PackedCache" else "transformers.cache_utils"
+    return getattr(sys.modules.get(module), name, None)
+
+
 def with_keys(flatten: Callable[[Any], tuple[list[Any], Any]], cache: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    """What flattening gives, each with a key, of which torch.export makes the name of an input."""
     children, context = flatten(cache)
-    return [(pytree.SequenceKey(i), child) for i, child in enumerate(children)], context
+    layers = enumerate(getattr(cache, "layers", ()))
+    names = [f"layers_{i}_{name}" for i, layer in layers for name in leaf_names(layer)] or map(str, range(2))
+    return [(pytree.MappingKey(name), child) for name, child in zip(names, children, strict=False)], context
+
+
+def leaf_names(layer: Any) -> list[str]:
+    """Names for the tensors of a cache layer, in the order of `flatten_layer`."""
+    parts = {kind: getattr(layer, kind) for kind in ("keys", "values") if layer.keys is not None}
+    counts = {kind: len(part) if isinstance(part, tuple) else 1 for kind, part in parts.items()}
+    names = [f"{kind}_{i}" for kind, count in counts.items() for i in range(count)]
+    return names + [f"state_{i}" for i in range(len(flatten_layer(layer)[0]) - len(names))]
 
 
 # --- caches of a call --------------------------------------------------------------------------------------
@@ -242,11 +265,18 @@ def caches(values: Any) -> list[Any]:
     base = sys.modules["transformers.cache_utils"].Cache
     found = [v for v in pytree.tree_leaves(values, is_leaf=lambda v: isinstance(v, base)) if isinstance(v, base)]
     for cache in found:
-        if type(cache).__name__ not in CACHES or type(cache).__module__ != base.__module__:
+        if type(cache) is not cache_kind(type(cache).__name__) or type(cache).__name__ not in CACHES:
             raise InputError(
                 f"a {type(cache).__name__} cannot go in or out of a captured graph; those that can: {', '.join(CACHES)}"
             )
     return found
+
+
+def packed_tensors(values: Any) -> set[int]:
+    """The identities of tensors that packed caches in the arguments of a call hold."""
+    kind = cache_kind("PackedCache")
+    found = pytree.tree_leaves(values, is_leaf=lambda v: kind is not None and isinstance(v, kind))
+    return {id(t) for cache in found if kind is not None and isinstance(cache, kind) for t in pytree.tree_leaves(cache)}
 
 
 def with_caches(outputs: Any, given: list[Any]) -> Any:
@@ -279,9 +309,9 @@ def update_cache(cache: Any, new: Any) -> Any:
     for layer, other in zip(cache.layers, new.layers, strict=False):
         static, filled = LAYERS[type(layer).__name__].static, layer.is_initialized
         for name, value in vars(other).items():
-            if not (static and isinstance(value, Tensor)):
+            if not (static and isinstance(value, (Tensor, tuple))):
                 setattr(layer, name, value)
-            elif not filled:
+            elif not filled and isinstance(value, Tensor):
                 setattr(layer, name, settled(value))
     cache.layers += new.layers[len(cache.layers) :]
     return cache

@@ -176,6 +176,11 @@ def expression(size: Any) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
+def hint(size: int | torch.SymInt) -> int:
+    """A size; of a symbolic one that of the example."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
 def nbytes(value: Tensor) -> int:
     """The bytes of a tensor's elements; of fake ones, too."""
     return value.numel() * value.element_size()

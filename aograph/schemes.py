@@ -330,3 +330,8 @@ def subclasses(cls: type[Scheme]) -> list[type[Scheme]]:
 
 
 PRESETS: dict[str, type[Scheme]] = {cls.preset: cls for cls in subclasses(Scheme) if "preset" in vars(cls)}
+
+
+def preset_of(form: KVFormat) -> str:
+    """The preset of the scheme that packs a cache so."""
+    return next(n for n, kind in PRESETS.items() if issubclass(kind, KVCache) and kind.format.name == form.name)

@@ -237,6 +237,12 @@ class CacheOp(Op):
         )  # fmt: skip
 
 
+class CodesOp(CacheOp):
+    """One that takes codes first."""
+
+    takes = tuple(CODES.values())
+
+
 def _fits(shape: tuple, wanted: tuple) -> bool:
     known = ((found, size) for found, size in zip(shape, wanted, strict=False) if size is not None)
     return len(shape) == len(wanted) and all(

@@ -16,17 +16,10 @@ import torch
 from torch import Tensor
 
 from . import cuda_kv_update
-from .kv_cache import CODES, FLOATS, CacheCase, CacheOp, KVFormat
+from .kv_cache import FLOATS, CacheCase, CodesOp, KVFormat
 from .op import capability
 
-
-class Update(CacheOp):
-    """It takes codes first."""
-
-    takes = tuple(CODES.values())
-
-
-kv_update = Update(
+kv_update = CodesOp(
     "kv_update(Tensor(a!) codes, Tensor(b!) scales, Tensor new, Tensor positions, Tensor(c!)? window=None, "
     "Tensor(d!)? held=None) -> ()"
 )

@@ -5,6 +5,7 @@ Caches are candidates where a rule of the recipe is for caches.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from math import prod
 
@@ -12,11 +13,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..expression import Expression
+from ..kernels.kv_update import kv_update
 from ..kernels.op import capability
 from ..patterns.language import Miss, arguments, constant, match, packet, written
 from ..patterns.linear import LINEAR, MATMULS, underlying, weight_operands
 from ..predicate import Shape
-from ..program import CacheSite, Program, Site, get_attribute, nbytes
+from ..program import CacheSite, Program, Site, get_attribute, hint, nbytes
 from ..report import EXCLUDED, NEAR_MISS, SKIPPED, Row
 from ..schemes import CACHE, Keep
 from .base import Pass, Stage
@@ -44,14 +46,15 @@ class FindSites(Pass):
                     row.close(NEAR_MISS, bank if picked else node.meta.get("miss", found.reason))
                 else:
                     program.sites.append(Site(node, [row]))
-        if any(rule.scheme.kind == CACHE for rule in context.recipe.rules):
-            program.caches = list(caches(program))
-            program.rows += [cache.row for cache in program.caches]
+        wanted = any(rule.scheme.kind == CACHE for rule in context.recipe.rules)
+        program.caches = [each for each in caches(program) if wanted or each.format is not None]
+        program.rows += [cache.row for cache in program.caches]
         context.recipe.check_selectors(program.rows)
         for site in program.sites:
             self.decide(program, site, context)
         for cache in program.caches:
-            decide_cache(cache, context)
+            if cache.format is None:
+                decide_cache(cache, context)
         return len(program.sites) + len(program.caches)
 
     def row(self, program: Program, node: Node, weight: Node, found) -> Row:
@@ -140,27 +143,47 @@ class FindSites(Pass):
 def caches(program: Program) -> Iterator[CacheSite]:
     """Buffers and inputs with three dimensions and more that the graph writes: rows, heads or both, positions, heads of
     D elements; what is smaller, such as a count or running statistics, is none. Where sizes are dynamic, a row counts
-    the bytes of the example that the graph was captured with."""
+    the bytes of the example that the graph was captured with.
+
+    One that came packed has a format; its row compares it with a cache in the dtype of its tokens.
+    """
+    updates = {node.args[0]: node for node in program.graph.nodes if node.target is kv_update.overload}
+    parts = {part for node in updates.values() for part in (node.args[1], *node.args[4:])}
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op not in ("get_attr", "placeholder") or not isinstance(value, torch.Tensor) or value.ndim < 3:
             continue
         writer = written(node)
-        if writer is None:
+        if writer is None or node in parts:
             continue
-        sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in value.shape]
-        yield CacheSite(
-            node,
-            Row(
-                name=node.target,
-                operator=str(packet(writer.target)).removeprefix("aten."),
-                module=writer.meta.get("origin", ("", ""))[1],
-                shape=None,
-                dtype=value.dtype,
-                bytes_before=prod(sizes) * value.itemsize,
-                tokens=sizes[0] * sizes[2] if value.ndim == 4 else 0,
-            ),
+        sizes = [*map(hint, value.shape)]
+        row = Row(
+            name=cache_name(node),
+            operator=str(packet(writer.target)).removeprefix("aten."),
+            module=writer.meta.get("origin", ("", ""))[1],
+            shape=None,
+            dtype=value.dtype,
+            bytes_before=prod(sizes) * value.itemsize,
+            tokens=sizes[0] * sizes[2] if value.ndim == 4 else 0,
         )
+        form = None
+        if node in updates:
+            codes, scales, new, _, *window = updates[node].args
+            form = kv_update.format_of(*(each.meta["val"] for each in (codes, scales, *window[:1])))
+            D, row.dtype = new.meta["val"].shape[3], new.meta["val"].dtype
+            row.bytes_before = prod(sizes[:3]) * int(D) * row.dtype.itemsize
+            row.bytes_after = sum(
+                prod(map(hint, each.meta["val"].shape)) * each.meta["val"].itemsize for each in (codes, scales, *window)
+            )
+        yield CacheSite(node, row, format=form)
+
+
+def cache_name(node: Node) -> str:
+    """`key_3` for the keys of layer 3 of a cache object of transformers; else the name of the buffer or input."""
+    source = getattr(node, "_dynamo_source", None)
+    name = node.target if source is None else source.name
+    found = re.search(r"layers(?:\[|_)(\d+)(?:\]\.|_)(key|value)s(?:\[0\]|_0)?$", name)
+    return f"{found[2]}_{found[1]}" if found else node.target
 
 
 def decide_cache(cache: CacheSite, context) -> None:

@@ -9,7 +9,7 @@ place of such an input come several, its codes and its scales.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ..kernels.kv_cache import FLOATS
 from ..kernels.kv_update import kv_update
 from ..patterns.cache import ATTENTIONS, UPDATES, Update, limits, memory, scale_of, softcap_of
 from ..patterns.language import Builder, Match, Miss, match, mutates, packet, propagate, views_of
-from ..program import CacheSite, Program, expression, nbytes
+from ..program import CacheSite, Program, expression, hint, nbytes
 from ..report import NEAR_MISS, REWRITTEN, SKIPPED
 from ..weights import Pack
 from .base import Pass, Stage, constant_names, packed_nodes
@@ -129,7 +129,10 @@ def reason(
     """The outcome and the reason of a cache that stays as it is; None where it can be rewritten."""
     node, value = cache.node, cache.node.meta["val"]
     if node.op == "placeholder" and node.target not in program.private:
-        return SKIPPED, "it is an input of the graph: the tensor is the caller's"
+        return SKIPPED, (
+            "it is an input of the graph: the tensor is the caller's; past_key_values=aograph.PackedCache(model, "
+            "recipe, batch_size, max_cache_len) is packed"
+        )
     if "source" in node.meta:
         return SKIPPED, "under torch.compile the buffer stays the model's own: use aograph.optimize"
     if value.ndim != 4:
@@ -227,10 +230,17 @@ def store(update: Update, found: Match, packed: list[Node]) -> None:
     g.call(kv_update.overload, codes, scales, *update.stored(found, g), *window)
 
 
-def attend(program: Program, found: Match, keys: list[Node], values: list[Node]) -> tuple[str, str]:
-    """Puts `kv_attention` in the place of an attention; what will run, and what became of the mask."""
+def attend(
+    program: Program, found: Match, keys: Sequence[Node], values: Sequence[Node], stored: Node | None = None
+) -> tuple[str, str]:
+    """Puts `kv_attention` in the place of an attention; what will run, and what became of the mask.
+
+    stored: the positions that were written last, if nothing behind the last of them is ever seen.
+    """
     g, old = Builder(found.root), found.root
     positions, mask = limits(found, g)
+    if stored is not None and mask is not None:
+        positions = g.call(aten.minimum.default, positions, g.call(aten.select.int, stored, -1, -1))
     scale, softcap = scale_of(found), softcap_of(found)
     codes, scales, *window = keys
     seen = positions, None, mask, scale, softcap, 0
@@ -238,6 +248,7 @@ def attend(program: Program, found: Match, keys: list[Node], values: list[Node])
     old.replace_all_uses_with(new)
     relay(new)
     case = kv_attention.case_of(*(each.meta["val"] if isinstance(each, Node) else each for each in new.args))
+    case = replace(case, rows=hint(case.rows), length=hint(case.length))
     kernel = kv_attention.plan(case, *program.bounds(expression(found.q.meta["val"].shape[2])))
     return kernel, "the mask is a length" if mask is None else "its mask is passed on"
 

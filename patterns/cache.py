@@ -27,15 +27,22 @@ Size = "int | Node"
 
 
 def memory(value: object) -> Node | None:
-    """The buffer or input that a node is the whole of: it, or what operators that wrote it in place returned."""
+    """The buffer or input that a node is the whole of: it, or what operators that wrote it in place returned; or what
+    a packed cache was unpacked to."""
     while isinstance(value, Node) and value.op == "call_function" and mutates(value) == [arguments(value)[0]]:
         value = arguments(value)[0]
-    return value if isinstance(value, Node) and value.op in ("get_attr", "placeholder") else None
+    known = isinstance(value, Node) and (value.op in ("get_attr", "placeholder") or unpacks(value))
+    return value if known else None
+
+
+def unpacks(node: Node) -> bool:
+    """Whether a node is a packed cache in full precision."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.name() == "aograph::kv_dequantize"
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Matches the whole of a buffer or an input with four dimensions, and binds that."""
+    """Matches the whole of a buffer or an input with four dimensions, or of an unpacked cache, and binds that."""
 
     name: str
 
@@ -486,7 +493,7 @@ def limits(m: Match, g: Builder) -> tuple[Node, Node | None]:
 
     None where the attention's mask says no more than that.
     """
-    B, S = (m.key.meta["val"].shape[i] for i in (0, 2))
+    B, S = size(g, m.q, 0), m.key.meta["val"].shape[2]
     T, device = size(g, m.q, 2), m.key.meta["val"].device
     given, negated = m.bindings.get("mask"), False
     if m.bindings.get("hidden") is not None:

@@ -1,0 +1,195 @@
+"""A static cache of transformers whose keys and values are packed, for every way to run a model of transformers.
+
+What a model stores goes through `aograph::kv_update`, and what attention gets is `aograph::kv_dequantize` of all of it.
+That is the same eagerly, behind `torch.compile` and in a captured graph; the pass `packed_attention` then makes of an
+unpacked cache and the attention that reads it one `aograph::kv_attention`.
+
+Importing this imports transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
+
+from . import huggingface
+from .capture import on_meta
+from .decoding import CacheShape, NoSteps, layer_shapes
+from .errors import InputError
+from .kernels.kv_dequantize import kv_dequantize
+from .kernels.kv_update import kv_update
+from .optimize import OptimizedModule
+from .recipe import Recipe
+from .report import Row
+from .schemes import KVCache
+
+WHOLE = StaticLayer, StaticSlidingWindowLayer  # kinds of layers that hold the last tokens, all if there is room
+SHAPES: WeakKeyDictionary[nn.Module, tuple[Any, list[CacheShape]]] = WeakKeyDictionary()  # with what they depend on
+
+
+class PackedLayer(StaticLayer):
+    """The cache of one layer; `keys` and `values` are codes and scales, by channel also the window and its blocks."""
+
+    keys: Any
+    values: Any
+
+    def __init__(self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], written: Tensor):
+        super().__init__(max_cache_len=values[0].shape[2])
+        self.keys, self.values, self.cumulative_length = keys, values, written
+        self.batch_size, self.num_heads = values[0].shape[:2]
+        self.device, self.is_initialized = written.device, True
+
+    @classmethod
+    def empty(cls, shape: CacheShape, rows: int, length: int, device: torch.device) -> PackedLayer:
+        keys, values = (
+            form.empty(rows, shape.heads, length, D, device, shape.dtype) for D, form in shape.parts if form is not None
+        )
+        layer = cls(keys, values, torch.zeros((), dtype=torch.int64, device=device))
+        for tensor in layer.tensors:
+            torch._dynamo.mark_static_address(tensor)
+            torch._dynamo.mark_static(tensor)
+        return layer
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return *self.keys, *self.values, self.cumulative_length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Stores new keys and values [B, H, T, D] behind those that are there; all of them, in full precision."""
+        count = key_states.shape[2]
+        positions = torch.arange(count, device=self.device) + self.cumulative_length
+        found = []
+        for (codes, scales, *window), new in ((self.keys, key_states), (self.values, value_states)):
+            kv_update.overload(codes, scales, new, positions, *window)
+            found.append(kv_dequantize.overload(codes, scales, new.dtype, *window))
+        self.cumulative_length.add_(count)
+        return found[0], found[1]
+
+    def reset(self) -> None:
+        """Forgets all tokens; the tensors stay where they are."""
+        for tensor in self.tensors:
+            tensor.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was; the tensors stay where they are."""
+        for tensor in (*self.keys, *self.values):
+            tensor = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+            tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def flatten(self) -> tuple[list[Tensor], list[Any]]:
+        return list(self.tensors), [type(self).__name__, len(self.keys), len(self.values)]
+
+    @classmethod
+    def unflatten(cls, leaves: Iterator[Any], context: list[Any]) -> PackedLayer:
+        keys, values = (tuple(next(leaves) for _ in range(count)) for count in context[1:])
+        return cls(keys, values, next(leaves))
+
+
+class PackedCache(StaticCache):
+    """A static cache that holds keys and values as the rules of a recipe say that are for caches.
+
+    Give it as `past_key_values` to a model of transformers or to its `generate`, as it is, behind `torch.compile`, or
+    optimized; `aograph.optimize(model, "kv8").generate` makes one by itself. `reset` begins a new text, `reorder_cache`
+    is for beams. Rules name caches `key_0`, `value_0` … by layer; a layer is packed where both are. Layers that slide
+    over fewer tokens than the cache holds, and those that no rule packs, are transformers' own.
+
+    model: a causal language model, compiled or not, or what `optimize` made of one.
+    recipe: as for `aograph.optimize`; None: that of an optimized model.
+    batch_size: rows; of beams, and sequences that are returned, each has one.
+    max_cache_len: tokens of a row, rounded up to whole blocks of 64 where keys are packed by channel. Writing past the
+        end is an error; on a GPU it stops the device, as indexing does, but `generate` of optimized models asks first.
+    device: None: where the model is.
+
+    Outside of graphs that aograph rewrites, each attention unpacks the cache of its layer as a whole. Raises
+    `InputError` for a recipe without such rules, and a model whose layers keep something else or heads that do not fit.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        recipe: Any = None,
+        batch_size: int = 1,
+        max_cache_len: int = 2048,
+        device: torch.device | str | None = None,
+    ):
+        if recipe is None and not hasattr(model, "recipe"):
+            raise InputError("PackedCache needs a recipe with a rule for caches, such as 'kv8'")
+        parsed = model.recipe if recipe is None else Recipe.of(recipe)
+        target = torch.device(device) if device is not None else model.device
+        model = original(model)
+        shapes = shapes_of(model)
+        kept = [packed_shape(shape, parsed, i) for i, shape in enumerate(shapes)]
+        block = max((form.block or 1 for shape in kept if shape for _, form in shape.parts if form), default=1)
+        length = -(-max_cache_len // block) * block
+        super().__init__(model.config, max_cache_len=length)
+        layers: list[Any] = self.layers
+        for i, (layer, plain, shape) in enumerate(zip(layers, shapes, kept, strict=True)):
+            if shape is not None and type(layer) in WHOLE and layer.max_cache_len == length:
+                layers[i] = PackedLayer.empty(shape, batch_size, length, target)
+            else:
+                layer.lazy_initialization(*plain.empty(batch_size, 0, target))
+        if not any(isinstance(layer, PackedLayer) for layer in layers):
+            raise InputError(
+                f"the recipe {str(parsed)!r} packs no cache of {type(model).__name__}: it needs a rule such as kv8, "
+                "and the model a layer that attends to all tokens"
+            )
+
+    @property
+    def max_cache_len(self) -> int:
+        """Tokens of a row, in layers that hold all of them."""
+        return max(layer.get_max_length() for layer in self.layers)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of one row in all packed layers."""
+        found = 0
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                found += sum(t.nbytes for packed in (layer.keys, layer.values) for t in packed[:2]) // (
+                    layer.batch_size * layer.max_cache_len
+                )
+        return found
+
+
+def original(model: Any) -> Any:
+    """The model of transformers behind what `torch.compile` or `optimize` made of it."""
+    model = getattr(model, "_orig_mod", model)
+    return model._model[0] if isinstance(model, OptimizedModule) else model
+
+
+def shapes_of(model: Any) -> list[CacheShape]:
+    """What the layers of a model put into a cache. Raises `InputError` where that is not keys and values alone."""
+    known = model.dtype, model.config.get_text_config().num_hidden_layers
+    if SHAPES.get(model, (None,))[0] != known:
+        twin = copy.copy(model)
+        twin.__dict__.pop("forward", None)  # where it was compiled
+        try:
+            SHAPES[model] = known, layer_shapes(on_meta(twin))
+        except NoSteps as error:
+            raise InputError(f"{type(model).__name__} cannot have a packed cache: {error}") from error
+    return SHAPES[model][1]
+
+
+def packed_shape(shape: CacheShape, recipe: Recipe, layer: int) -> CacheShape | None:
+    """The cache of a layer with its formats; None where a recipe does not pack both keys and values."""
+    formats = {}
+    for kind, D in (("key", shape.key_size), ("value", shape.value_size)):
+        row = Row(f"{kind}_{layer}", "kv_update", "", None, shape.dtype, tokens=0)
+        decision = recipe.decide(row)
+        scheme = decision[1].scheme if decision is not None else None
+        if not isinstance(scheme, KVCache):
+            return None
+        if reason := scheme.refuse_head(D, kind == "key"):
+            raise InputError(f"{row.name} cannot be packed by {scheme}: {reason}; keep it by the rule {row.name}:none")
+        formats[f"{kind}_format"] = scheme.packed_format(kind == "key")
+    return replace(shape, **formats)
+
+
+huggingface.register_pytrees()
