@@ -179,7 +179,7 @@ def shapes_of(model: Any) -> list[CacheShape]:
 
 def packed_shape(shape: CacheShape, recipe: Recipe, layer: int) -> CacheShape | None:
     """The cache of a layer with its formats; None where a recipe does not pack both keys and values."""
-    formats = {}
+    formats: dict[str, Any] = {}
     for kind, D in (("key", shape.key_size), ("value", shape.value_size)):
         row = Row(f"{kind}_{layer}", "kv_update", "", None, shape.dtype, tokens=0)
         decision = recipe.decide(row)

@@ -1,45 +1,63 @@
-"""Fuses linears on quantized activations, or 2:4 weights, with the GELU behind them.
+"""Fuses linears on quantized activations, or 2:4 weights, with the GELU behind them, or behind some of their channels.
 
 It is done only where their CUDA kernel takes both, which saves a kernel over all of y, or most of what quantizing y for
-the next linear takes. Anywhere else GELU stays, for Inductor to fuse with what follows.
+the next linear takes. Anywhere else GELU stays, for Inductor to fuse with what follows. With many tokens, a linear
+whose output is split, as that of a gate, or of attention and MLP side by side, becomes one for each part, on rows of
+its weight.
 """
 
 from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
 
 from ..kernels.activated_linear import ACTIVATED, ActivatedLinearOp
 from ..kernels.op import Case
-from ..patterns.language import arguments, inherit, stays
+from ..patterns.language import Builder, arguments, inherit
 from ..program import Program
 from .base import Pass, Stage
+from .remove_noops import erase_dead
 
 aten = torch.ops.aten
 KERNEL = "cuda"  # the implementation that takes both
 FUNCTIONS = {(aten.gelu.default, "none"): "gelu", (aten.gelu.default, "tanh"): "gelu_tanh"}  # call, behind its input
+SPLITS = aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default  # the dimension comes third
+MANY_TOKENS = 1024  # with fewer, one kernel more costs more than GELU
+OF_CHANNELS = {"q", "values", "indices", "scale", "sums", "bias"}  # have a row for each, or one for all
+
+
+class Part(NamedTuple):
+    """Channels of a linear, the node that holds what becomes of them, and the function in that, or None."""
+
+    node: Node
+    start: int
+    stop: int
+    function: str | None
 
 
 class FuseActivations(Pass):
     name = "fuse_activations"
     stage = Stage.LOWER
+    after = ("fold_constants",)  # a merged bias may be computed
 
     def run(self, program: Program, context) -> int:
         fused = 0
         for site in program.sites:
             y = site.node
-            behind = next(iter(y.users), None)
-            if len(y.users) != 1 or not possible(y, behind):
+            parts = list(parts_of(y)) if y.target in ACTIVATED and len(y.users) == 1 else []
+            if not any(part.function for part in parts) or not possible(y, parts):
                 continue
-            with program.graph.inserting_before(behind):
-                call = ACTIVATED[y.target].overload, (*arguments(y), function(behind))
-                site.node = inherit(program.graph.call_function(*call), y)
-            behind.replace_all_uses_with(site.node)
-            for node in (behind, y):
-                program.graph.erase_node(node)
+            for part in parts:
+                site.node = call(y, part, len(parts) > 1)
+                part.node.replace_all_uses_with(site.node)
+            erase_dead(program)
             for row in site.rows:
                 row.kernel = KERNEL
-                row.notes.append("fused with GELU after it")
+                row.notes.append("fused with GELU after " + ("it" if len(parts) == 1 else "a part, which is split off"))
             fused += 1
         return fused
 
@@ -54,10 +72,47 @@ def function(node: Node) -> str | None:
     return FUNCTIONS.get((node.target, *arguments(node)[1:])) if node.target is aten.gelu.default else None
 
 
-def possible(y: Node, user: Node) -> bool:
-    """Whether a kernel may stand at a user of the linear y in place of both; it has no gradients."""
-    if y.target not in ACTIVATED or function(user) is None or any(node.meta.get("grad") for node in (user, y)):
+def parts_of(y: Node) -> Iterator[Part]:
+    """What the only user of a linear makes of its channels: a function of all, or parts along the last dimension."""
+    (user,) = y.users
+    N = y.meta["val"].shape[-1]
+    if name := function(user):
+        yield Part(user, 0, N, name)
+    elif user.target in SPLITS and arguments(user)[2] in (-1, y.meta["val"].ndim - 1):
+        stops = torch.tensor([part.shape[-1] for part in user.meta["val"]]).cumsum(0).tolist()
+        for item in user.users:
+            i = item.args[1] if item.target is operator.getitem else 0
+            behind = next(iter(item.users), item)
+            name = function(behind) if len(item.users) == 1 else None
+            yield Part(behind if name else item, stops[i - 1] if i else 0, stops[i], name)
+
+
+def possible(y: Node, parts: list[Part]) -> bool:
+    """Whether kernels may compute the parts in place of the linear y and the functions; they have no gradients."""
+    if any(node.meta.get("grad") for node in (y, *(part.node for part in parts))):
         return False
-    op = ACTIVATED[y.target]
-    case = op.case_of(*torch.fx.map_arg(arguments(y), lambda n: n.meta["val"]), function(user))
-    return isinstance(case.M, int) and takes(op, case) and all(map(stays, y.all_input_nodes))
+    case_of, values = ACTIVATED[y.target].case_of, torch.fx.map_arg(arguments(y), lambda n: n.meta["val"])
+    cases = [case_of(*channels(y, values, part), part.function) for part in parts if part.function]
+    least = MANY_TOKENS if len(parts) > 1 else 0
+    return all(isinstance(case.M, int) and least <= case.M and takes(ACTIVATED[y.target], case) for case in cases)
+
+
+def channels(y: Node, values: list[Any], part: Part, rows=torch.Tensor.narrow) -> list[Any]:
+    """The arguments of the linear y, in some form, for some of its channels: `rows(value, 0, start, count)`."""
+    names = [argument.name for argument in y.target._schema.arguments]
+    N = y.meta["val"].shape[-1]
+    sizes = [getattr(getattr(each, "meta", {}).get("val"), "shape", None) or (None,) for each in arguments(y)]
+    return [
+        rows(value, 0, part.start, part.stop - part.start) if name in OF_CHANNELS and size[0] == N > 1 else value
+        for name, value, size in zip(names, values, sizes, strict=True)
+    ]
+
+
+def call(y: Node, part: Part, split: bool) -> Node:
+    """The linear of a part of the channels, in front of y."""
+    given, g = arguments(y), Builder(y)
+    if split:
+        given = channels(y, given, part, lambda node, *how: g.call(aten.narrow.default, node, *how))
+    op = ACTIVATED[y.target].overload if part.function else y.target
+    with y.graph.inserting_before(y):
+        return inherit(y.graph.call_function(op, (*given, *([part.function] * bool(part.function)))), y)

@@ -63,11 +63,53 @@ def test_fused(taken, recipe, op, between):
     assert {site.node.graph for site in program.sites} == {program.graph}
 
 
+def side_by_side(y):
+    first, second, third = y.split([16, 48, 64], -1)
+    return torch.cat([first, F.gelu(second, approximate="tanh"), F.gelu(third)], -1)
+
+
+def gated(y):
+    gate, up = y.chunk(2, -1)
+    return torch.cat([F.gelu(gate) * up, up], -1)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["int8dq", "int8dq(mapping=asymmetric)", "float8dq", "float8dq(granularity=tensor)", "sparse24", "int8dq-sparse24"],
+)
+@pytest.mark.parametrize("between, plain, activated", [(side_by_side, 1, 2), (gated, 1, 1)], ids=["parallel", "gated"])
+def test_parts(taken, monkeypatch, between, plain, activated, recipe):
+    few, matches = fused(between, recipe)
+    assert matches == 0 and operators(few)["aten.gelu"] == activated
+    monkeypatch.setattr(module, "MANY_TOKENS", 5)
+    program, matches = fused(between, recipe)
+    found = operators(program)
+    assert matches == 1 and not found.keys() & {"aten.gelu", "aten.split", "aten.split_with_sizes", "aten.chunk"}
+    assert sum(count for name, count in found.items() if "activated" in name) == activated
+    linears = sum(count for name, count in found.items() if name.endswith(("scaled_linear", "sparse24_linear")))
+    assert linears == plain + 1
+    (notes,) = (row.notes for row in program.rows if row.name == "up")
+    assert "fused with GELU after a part, which is split off" in notes
+    model, x = MLP(between), torch.randn(5, 64).bfloat16()
+    results = [
+        aograph.optimize(model, recipe, (x,), dynamic_shapes={"x": {}}, disable=disable, compile=False)(x)
+        for disable in ((), (NAME,))
+    ]
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
+
 def both_used(y):
     return F.gelu(y) + y
 
 
-@pytest.mark.parametrize("between", [F.relu, both_used, lambda y: F.gelu(y.add_(1)), lambda y: F.gelu(y) + F.gelu(y)])
+def along_tokens(y):
+    first, second, third = y.split(1, 1)
+    return torch.cat([F.gelu(first), second, third], 1)
+
+
+@pytest.mark.parametrize(
+    "between", [F.relu, both_used, along_tokens, lambda y: F.gelu(y.add_(1)), lambda y: F.gelu(y) + F.gelu(y)]
+)
 def test_not_fused(taken, between):
     program, matches = fused(between)
     assert matches == 0 and "aograph.int8_scaled_linear" in operators(program)
@@ -84,6 +126,10 @@ def test_where_no_kernel_takes_both_nothing_changes():
 
 def test_other_schemes_are_left(taken):
     assert fused(F.gelu, "int8wo")[1] == 0
+
+
+def test_blocks_of_scales_are_left():
+    assert fused(side_by_side, "float8dq(granularity=block)")[1] == 0
 
 
 def test_the_same_as_without(taken):
