@@ -1,21 +1,22 @@
-// y = (x @ W.T) * scales + bias on x and W of 8 bits, and on 2:4 sparse W of 8 or 16: the tensor cores read both as they are.
+// y = function((x @ W.T) * scales + bias) on x and W of 8 bits, and on 2:4 sparse W of 8 or 16, read as they are.
 //
-// One thread brings x and the weight to shared memory, in boxes; consumer warpgroups multiply. Blocks work on tile after
-// tile, and copies run ahead into the next one while y is written. The blocks of a cluster may be neighbours: they have
-// different channels of the same tokens, and each brings a part of x to all. Or the blocks of a cluster share K of one tile and add up their sums
-// in a fixed order (SPLIT).
+// One thread brings x and the weight to shared memory, in boxes; consumer warpgroups multiply. Blocks work on tile
+// after tile, and copies run ahead into the next one while y is written. The blocks of a cluster may be neighbours:
+// they have different channels of the same tokens, and each brings a part of x to all. Or the blocks of a cluster
+// share K of one tile and add up their sums in a fixed order (SPLIT).
 //
-// Defines: KIND (0: int8, 1: float8 e4m3, 2: half precision, sparse only), SPARSE (0 or 1), HALF (of y, and of KIND 2),
-// TOKENS (of a block: 8, 16, 32, 64, 128 or 256), GROUPS (consumer warpgroups), TALL (of 64 channels that each computes: 1
-// or 2), STAGES, AWAY (tokens of y that leave at a time),
-// BUFFERS (for those in shared memory: 1 if they are all, else 2 or more), BOXES (of x in a stage, 128 bytes of k each: 1 or 2), NEIGHBOURS (blocks that share x: 1, 2 or 4), SPLIT (0 or 1),
-// PRODUCERS (threads, of which one copies; 128 where two warpgroups have more sums than they have registers), WIDE_SCALES
-// (scales of channels are fp32, else as y), ZEROS (whether x has zero points), FUNCTION (of y; 0: none, 1: GELU, 2: GELU by tanh).
-// Boxes: of x TOKENS / NEIGHBOURS rows of 128 bytes, swizzled; of q the block's channels, the bytes that belong to a stage, swizzled
-// by as many as they are, 64 or 128; of indices, where sparse, likewise, as they are. Of y: AWAY rows of 64
-// channels, swizzled by 128 bytes.
-// Grid, along x: at most as many blocks as tiles of 64 GROUPS TALL channels and TOKENS tokens, in clusters of NEIGHBOURS; if SPLIT,
-// as many for each tile as a cluster has.
+// Defines: KIND (0: int8, 1: float8 e4m3, 2: half precision, sparse only), SPARSE (0 or 1), HALF (of y, and of KIND
+// 2), TOKENS (of a block: 8, 16, 32, 64, 128 or 256), GROUPS (consumer warpgroups), TALL (of 64 channels that each
+// computes: 1 or 2), STAGES, AWAY (tokens of y that leave at a time), BUFFERS (for those in shared memory: 1 if they
+// are all, else 2 or more), BOXES (of x in a stage, 128 bytes of k each: 1 or 2), NEIGHBOURS (blocks that share x: 1,
+// 2 or 4), SPLIT (0 or 1), PRODUCERS (threads, of which one copies; 128 where two warpgroups have more sums than they
+// have registers), WIDE_SCALES (scales of channels are fp32, else as y), ZEROS (whether x has zero points), FUNCTION
+// (0: none, 1: GELU, 2: GELU by tanh).
+// Boxes: of x TOKENS / NEIGHBOURS rows of 128 bytes, swizzled; of q the block's channels, the bytes that belong to a
+// stage, swizzled by as many as they are, 64 or 128; of indices, where sparse, likewise, as they are. Of y: AWAY rows
+// of 64 channels, swizzled by 128 bytes.
+// Grid, along x: at most as many blocks as tiles of 64 GROUPS TALL channels and TOKENS tokens, in clusters of
+// NEIGHBOURS; if SPLIT, as many for each tile as a cluster has.
 
 #if KIND == 0
 #define SUM(x) "+r"(x)
