@@ -70,9 +70,10 @@ def nearest(
 ) -> list[P | None]:
     """The plan of the shape that is nearest to [N, K], of those that fit.
 
-    [None] where something else than these kernels was faster there, [] where none was measured.
+    [None] where something else than these kernels was faster there, [] where none was measured. Where fewer numbers of
+    tokens were told apart when it was measured, the last holds for all above.
     """
-    found = [(shape, plans[bucket]) for shape, plans in measured.items()]
+    found = [(shape, plans[min(bucket, len(plans) - 1)]) for shape, plans in measured.items() if plans]
     fitting = [(shape, plan) for shape, plan in found if plan is None or fits(plan)]
     distance = {shape: abs(log(shape[0] / N)) + abs(log(shape[1] / K)) for shape, _ in fitting}
     return [plan for _, plan in sorted(fitting, key=lambda each: distance[each[0]])[:1]]

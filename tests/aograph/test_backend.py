@@ -399,7 +399,8 @@ def test_small_kernels_start_as_one_where_tokens_are_few():
 
 
 def test_kernels_that_quantize_are_tuned():
-    assert suited(report(1, "int8_dynamic")) == suited(report(1, "float8_dynamic")) == {"max_autotune_pointwise": True}
+    expected = {"max_autotune_pointwise": True, "triton.multi_kernel": 1}
+    assert suited(report(1, "int8_dynamic")) == suited(report(1, "float8_dynamic")) == expected
 
 
 @pytest.mark.parametrize(

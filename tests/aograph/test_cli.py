@@ -289,7 +289,8 @@ def test_tune_keeps_what_is_there(tmp_path, measured):
     found = plans.read(file, "int4wo", Plan)
     assert found.keys() == {(64, 128), (512, 1024)} and plans.read(file, "int8wo", Plan) == {(64, 128): old}
     assert found[64, 128] == old and found[512, 1024][0] == SMALL
-    assert plans.read(file, "int8dq", ScaledPlan) == {(64, 128): old, (512, 1024): [SCALED] * len(TOKENS)}
+    scaled = [SCALED] * len(cuda_scaled_linear.TOKENS)
+    assert plans.read(file, "int8dq", ScaledPlan) == {(64, 128): old, (512, 1024): scaled}
     shapes = json.loads(file.read_text())["measured"]["int4wo"]
     assert [shapes[shape]["gpu"] for shape in ("64x128", "512x1024")] == ["another", "a GPU"]
     assert not plans.tuned().exists()

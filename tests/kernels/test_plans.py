@@ -64,3 +64,8 @@ def test_the_nearest_that_fits():
         assert plans.nearest(measured, 0, *shape, lambda plan: True) == expected
     assert plans.nearest(measured, 0, 1000, 1000, lambda plan: plan.size > 1) == [Size(2)]
     assert plans.nearest({(1, 1): [Size(1)]}, 0, 1, 1, lambda plan: False) == []
+
+
+def test_plans_that_were_measured_for_fewer_numbers_of_tokens():
+    measured = {(1024, 1024): [Size(1), Size(2)], (4096, 4096): []}
+    assert plans.nearest(measured, 5, 4096, 4096, lambda plan: True) == [Size(2)]
