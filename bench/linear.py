@@ -24,9 +24,9 @@ weight that is to be sparse is 2:4 already. Quantizing x is in the time.
     … product                 its product alone, of an x that is quantized already: never the best peer
 What is no figure says why: "not installed"; "skipped", where the peer took over 40 times as long as bf16 at a smaller
 M; "no time", once a peer's first calls, where it compiles and tunes itself, have taken --patience seconds in all;
-"error", with the message once on stderr. `roofline` is the share of the larger of two times: the bytes of packed
-weight, x and y at the read bandwidth, and the operations at the bf16 rate, twice that where codes are of 8 bits on both
-sides or the weight is sparse, four times where both.
+"error", with the message once on stderr. --without leaves peers out. `roofline` is the share of the larger of two
+times: the bytes of packed weight, x and y at the read bandwidth, and the operations at the bf16 rate, twice that where
+codes are of 8 bits on both sides or the weight is sparse, four times where both.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Run:
     device: torch.device
     limits: Ceilings
     patience: float
+    without: Collection[str] = ()  # peers that are left out
     waited: dict[str, float] = field(default_factory=dict)  # seconds of first calls, by contender
     told: set[str] = field(default_factory=set)
     errors: dict[str, float] = field(default_factory=dict)  # the largest of each contender
@@ -123,7 +124,7 @@ def sweep(run: Run, N: int, K: int, tokens: Mapping[str, Collection[int]], group
     """The rows of one shape, for each M one of each kind that is measured there; tokens: the M of each kind."""
     weights = Weights(N, K, group_size, run.device)
     exact = {kind: KINDS[kind].weight(weights) for kind in ("bf16", *tokens)}
-    entries = {name: entry for name, entry in ENTRIES.items() if entry.kind in exact}
+    entries = {name: each for name, each in ENTRIES.items() if each.kind in exact and name not in run.without}
     built = {name: run.contender(name, weights) for name, entry in entries.items() if not entry.anew}
     hopeless: set[str] = set()
     for M in sorted(set().union(*tokens.values())):
@@ -249,6 +250,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ops", nargs="+", choices=[*KINDS][1:], default=["int4", "int8"], help="schemes")
     parser.add_argument("--group-size", type=int, default=64, help="weights that share a scale, int4")
     parser.add_argument("--patience", type=float, default=60, help="seconds for the first calls of each peer, in all")
+    peers = [name for name, entry in ENTRIES.items() if not entry.ours and name != "bf16"]
+    parser.add_argument("--without", nargs="+", choices=peers, default=[], metavar="PEER", help=", ".join(peers))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures there")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="also draw them, with matplotlib")
@@ -261,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     about["group size"] = options.group_size
     print(json.dumps(about))
     print(f"ceilings: {limits}", flush=True)
-    run, rows = Run(device, limits, options.patience), []
+    run, rows = Run(device, limits, options.patience, options.without), []
     tokens = {kind: options.m or KINDS[kind].tokens for kind in options.ops}
     try:
         for N, K in options.shapes:

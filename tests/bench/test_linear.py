@@ -81,6 +81,12 @@ def test_a_peer_that_compiles_too_long_is_left_out(run, entries):
     assert second["us"]["int4"] == 4.0
 
 
+def test_a_peer_that_nobody_wants_is_not_even_made(run, entries):
+    entries["tinygemm"] = Entry("int4", lambda weights: pytest.fail("made"))
+    run.without = ["tinygemm"]
+    assert all("tinygemm" not in row["us"] and row["us"]["int4"] == 4.0 for row in rows_of(run))
+
+
 def test_each_kind_has_its_own_tokens_and_the_part_of_a_product_is_no_peer(run, entries):
     def built(weights, x):
         assert x.shape[0] in (2, 3)
