@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch.fx import Node
 
 from ..kernels.activated_linear import ACTIVATED, ActivatedLinearOp
 from ..kernels.op import Case
-from ..patterns.language import Builder, arguments, inherit
+from ..patterns.language import Builder, arguments
 from ..program import Program
 from .base import Pass, Stage
 from .remove_noops import erase_dead
@@ -49,7 +50,7 @@ class FuseActivations(Pass):
         for site in program.sites:
             y = site.node
             parts = list(parts_of(y)) if y.target in ACTIVATED and len(y.users) == 1 else []
-            if not any(part.function for part in parts) or not possible(y, parts):
+            if not possible(y, parts):
                 continue
             for part in parts:
                 site.node = call(y, part, len(parts) > 1)
@@ -89,30 +90,24 @@ def parts_of(y: Node) -> Iterator[Part]:
 
 def possible(y: Node, parts: list[Part]) -> bool:
     """Whether kernels may compute the parts in place of the linear y and the functions; they have no gradients."""
-    if any(node.meta.get("grad") for node in (y, *(part.node for part in parts))):
+    functions = [part for part in parts if part.function]
+    if not functions or any(node.meta.get("grad") for node in (y, *(part.node for part in parts))):
         return False
-    case_of, values = ACTIVATED[y.target].case_of, torch.fx.map_arg(arguments(y), lambda n: n.meta["val"])
-    cases = [case_of(*channels(y, values, part), part.function) for part in parts if part.function]
-    least = MANY_TOKENS if len(parts) > 1 else 0
-    return all(isinstance(case.M, int) and least <= case.M and takes(ACTIVATED[y.target], case) for case in cases)
-
-
-def channels(y: Node, values: list[Any], part: Part, rows=torch.Tensor.narrow) -> list[Any]:
-    """The arguments of the linear y, in some form, for some of its channels: `rows(value, 0, start, count)`."""
-    names = [argument.name for argument in y.target._schema.arguments]
-    N = y.meta["val"].shape[-1]
-    sizes = [getattr(getattr(each, "meta", {}).get("val"), "shape", None) or (None,) for each in arguments(y)]
-    return [
-        rows(value, 0, part.start, part.stop - part.start) if name in OF_CHANNELS and size[0] == N > 1 else value
-        for name, value, size in zip(names, values, sizes, strict=True)
-    ]
+    op, values = ACTIVATED[y.target], torch.fx.map_arg(arguments(y), lambda n: n.meta["val"])
+    case = op.case_of(*values, functions[0].function)
+    return (
+        isinstance(case.M, int)
+        and (len(parts) == 1 or case.M >= MANY_TOKENS)
+        and all(takes(op, replace(case, N=part.stop - part.start)) for part in functions)
+    )
 
 
 def call(y: Node, part: Part, split: bool) -> Node:
     """The linear of a part of the channels, in front of y."""
-    given, g = arguments(y), Builder(y)
-    if split:
-        given = channels(y, given, part, lambda node, *how: g.call(aten.narrow.default, node, *how))
-    op = ACTIVATED[y.target].overload if part.function else y.target
-    with y.graph.inserting_before(y):
-        return inherit(y.graph.call_function(op, (*given, *([part.function] * bool(part.function)))), y)
+    g, N, given = Builder(y), y.meta["val"].shape[-1], arguments(y)
+    for i, argument in enumerate(y.target._schema.arguments if split else ()):
+        if argument.name in OF_CHANNELS and given[i] is not None and given[i].meta["val"].shape[0] == N:
+            given[i] = g.call(aten.narrow.default, given[i], 0, part.start, part.stop - part.start)
+    if not part.function:
+        return g.call(y.target, *given)
+    return g.call(ACTIVATED[y.target].overload, *given, part.function)
