@@ -5,7 +5,7 @@ reads KV head i // (Hq / H). Token t of row b sees the cache's positions start[b
 only the newest `window` where window > 0, and of them only what mask allows:
     positions [B, T] int64   S - 1 and more: up to the end; negative: nothing
     start [B] int64          None: 0
-    mask                     bool (True: seen), or float, added to the scores; [B or 1, Hq or 1, T, S], or None
+    mask                     bool (True: seen), or float, added to the scores; [B or 1, Hq or 1, T or 1, S], or None
     k_window, k_held         of keys by channel (`kv_cache.py`); None where each token is by itself, as values are
     scores = q · k * scale, then, where softcap > 0, softcap * tanh(scores / softcap)
 -> [B, Hq, T, Dv] in q's dtype: softmax(scores) · v, and zeros for a token that sees nothing. Positions that no token of
@@ -56,7 +56,7 @@ def _(
     if start is not None:
         check("start", start, device, (torch.int64,), (B,))
     if mask is not None:
-        shapes = [(rows, heads, T, S) for rows in (B, 1) for heads in (Hq, 1)]
+        shapes = [(rows, heads, tokens, S) for tokens in (T, 1) for rows in (B, 1) for heads in (Hq, 1)]
         check("mask", mask, device, (torch.bool, *FLOATS), *shapes)
     return CacheCase(
         device.type, q.dtype, T, of_values, D, None, capability(device), rows=B, heads=H, queries=Hq // H, length=S,
@@ -66,7 +66,7 @@ def _(
 
 @dataclass(frozen=True)
 class Sight:
-    """What tokens see: the arguments of the op, with mask [B or 1, H or 1, G or 1, T, S]."""
+    """What tokens see: the arguments of the op, with mask [B or 1, H or 1, G or 1, T or 1, S]."""
 
     positions: Tensor
     start: Tensor | None
@@ -82,7 +82,9 @@ class Sight:
 
     def tokens(self, part: slice) -> "Sight":
         """That of some of the tokens."""
-        mask = None if self.mask is None else self.mask[:, :, :, part]
+        if part == slice(None):
+            return self
+        mask = self.mask if self.mask is None or self.mask.shape[3] == 1 else self.mask[:, :, :, part]
         return replace(self, positions=self.positions[:, part], mask=mask)
 
     def seen(self, part: slice) -> Tensor:
