@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import cuda_kv_attention
+from . import cuda_kv_attention, flash_kv_attention
 from .kv_cache import FLOATS, CacheCase, CacheOp
 from .op import capability
 
@@ -173,6 +173,25 @@ def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, windo
 def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None):
     arguments = q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window, k_held
     return cuda_kv_attention.attention(*arguments, kv_attention.known_case(*arguments))
+
+
+@kv_attention.implementation("flash", supports=flash_kv_attention.supports)
+def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None):
+    """Tokens that are not one behind the other, at the same positions in all rows, go through "blocks"."""
+    H, S = v.shape[1:3]
+    first = flash_kv_attention.beginning(positions, start, window, S)
+    if first is None:
+        arguments = q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window, k_held
+        return kv_attention["blocks"].function(*arguments)
+    of_keys, form = Keys(k, k_scales, k_window, k_held), kv_attention.format_of(v, v_scales)
+
+    def keys(part: slice) -> Tensor:
+        return of_keys.dequantize(part, torch.float32)
+
+    def values(part: slice) -> Tensor:
+        return form.dequantize(v[:, :, part], v_scales[:, :, part], torch.float32)
+
+    return flash_kv_attention.attention(q, keys, values, of_keys.block, H, first, scale)
 
 
 @kv_attention.implementation("blocks", supports=lambda case: True, standalone=True)

@@ -138,7 +138,7 @@ class Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_nothing_is_as_large_as_tokens_by_positions(mini, padded):
-    """Nor is any activation as long as the prompt; the whole at once has both."""
+    """Nor is any activation as long as the prompt, as those of the whole at once are."""
     length, room = 600, 768
     found = optimize(mini, "kv8", compile=False)
     found._longest = room
