@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import huggingface
+from .decoding import parts
 
 CHUNK = 2048  # tokens of a prompt that go through the model at once
 ALONG = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1}  # the dimension of tokens, by argument
@@ -33,10 +34,7 @@ def masks(attention_mask: Tensor | None, past_key_values: Any, inputs_embeds: Te
 
 
 def chunks(call: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
-    """The arguments of a forward, in parts of at most `size` tokens; whole, where it is not known how to part them.
-
-    The last part has more than one token if it can, as one alone is a step of another graph.
-    """
+    """The arguments of a forward, in parts of at most `size` tokens; whole, where it is not known how to part them."""
     parted = {name: call[name] for name in ALONG if isinstance(call.get(name), Tensor)}
     mask = call.get("attention_mask")
     others = [name for name, value in call.items() if isinstance(value, Tensor) and name not in parted]
@@ -46,9 +44,7 @@ def chunks(call: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
     if length <= size or not known or kept or any(name != "attention_mask" for name in others):
         yield call
         return
-    sizes = [size] * (length // size) + [length % size] * (length % size > 0)
-    if sizes[-1] == 1 < size - 1:
-        sizes[-2:] = size - 1, 2
+    sizes = parts(length, size)
     pieces = {name: each.split(sizes, ALONG[name]) for name, each in parted.items()}
     for i in range(len(sizes)):
         yield call | {name: each[i].contiguous() for name, each in pieces.items()}
