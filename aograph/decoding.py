@@ -242,7 +242,7 @@ class Sampling:
 
 
 def parts(tokens: int, most: int) -> list[int]:
-    """The sizes of the parts of a prompt of so many tokens, at most `most` each; the last is more than one if it can."""
+    """The sizes of the parts of a prompt, at most `most` tokens each; the last has more than one if it can."""
     sizes = [most] * (tokens // most) + [tokens % most] * (tokens % most > 0)
     if len(sizes) > 1 and sizes[-1] == 1 < most - 1:
         sizes[-2:] = most - 1, 2
