@@ -24,7 +24,7 @@ from .op import capability
 BLOCK = 1024  # positions at a time
 BLOCKS_IN_GRAPH = 8  # at most, as each becomes a part of it
 SCORES = {"cpu": 1 << 22}  # in work at a time: on CPU little enough for its caches, with one block of positions,
-MANY_SCORES = 1 << 27  # elsewhere what keeps a GPU busy
+MANY_SCORES = 1 << 25  # elsewhere what keeps a GPU busy, 134 MB in fp32, of which there are a few
 
 kv_attention = CacheOp(
     "kv_attention(Tensor q, Tensor k, Tensor k_scales, Tensor v, Tensor v_scales, Tensor positions, Tensor? start, "
