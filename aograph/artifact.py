@@ -18,12 +18,13 @@ from torch import Tensor
 from . import environment, repacking
 from .archive import ABOUT, CODE, FORMAT, TOKENIZER, Archive
 from .capture import flatten
-from .decoding import CacheShape, Sampling, first_line, generate, prompts_of
+from .decoding import CacheShape, Sampling, first_line, generate, parts, prompts_of
 from .errors import ArtifactError, InputError
 from .kernels.op import OPS
 from .report import megabytes
 from .signature import ALIGNMENT, Signature, outline, tree
 
+CHUNK = 512  # tokens of a prompt that a graph takes at once: its scores are for an eighth of the cache
 CACHE = re.compile(r"(key|value)_\d+(_codes|_scales)?$")  # inputs of prefill and decode
 RUNNERS = 4  # calls of one graph that may be under way on a GPU at a time
 
@@ -184,7 +185,12 @@ class Artifact:
         self._check_positions(positions)
         rows = [tensor[row : row + 1] for tensor in cache]
         aligned = [part.clone() if part.data_ptr() % ALIGNMENT else part for part in rows]  # rows of few scales are not
-        (logits,) = self.graphs["prefill"].flat([input_ids, positions, *aligned])
+        shorter = [(input_ids, positions)]  # parts of the prompt
+        if input_ids.shape == positions.shape and input_ids.shape[-1] > CHUNK:
+            sizes = parts(input_ids.shape[-1], CHUNK)  # cloned below: they may begin at any address
+            shorter = list(zip(input_ids.split(sizes, -1), positions.split(sizes, -1), strict=True))
+        for ids, places in shorter:
+            (logits,) = self.graphs["prefill"].flat([ids.clone(), places.clone(), *aligned])
         for part, written in zip(rows, aligned, strict=True):
             if written is not part:
                 part.copy_(written)

@@ -30,9 +30,10 @@ from .cost import roofline
 from .dynamo import DynamoGraph, from_dynamo
 from .errors import AographError, InputError, RecipeError
 from .frozen import Frozen
-from .kernels.op import OPS
+from .kernels.kv_attention import kv_attention
+from .kernels.op import ENDLESS, OPS
 from .passes import PASSES
-from .program import Program
+from .program import Program, expression, hint
 from .recipe import Recipe
 from .report import Report
 from .schemes import nearest
@@ -126,9 +127,10 @@ def through_dynamo(error: AographError, frame: FrameType | None) -> Exception:
 
 def compiled(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     settings: dict[str, Any] = {}
+    forced: dict[str, Any] = {}
 
     def inductor(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        every = {**settings, **options.inductor, **cached_as(options)}
+        every = {**settings, **options.inductor, **forced, **cached_as(options)}
         return torch._inductor.compile(module, list(inputs), options=every) if options.compile else module
 
     if not any(isinstance(value, Tensor) for value in example_inputs):
@@ -160,6 +162,7 @@ def compiled(graph_module: GraphModule, example_inputs: Sequence[Any], options: 
         return inductor(graph_module, example_inputs)
     check_untrained(program)
     settings |= suited(report)
+    forced |= needed(program)
     return lowered(dynamo, graph_module, example_inputs, report, options, inductor)
 
 
@@ -234,16 +237,34 @@ def suited(report: Report) -> dict[str, Any]:
     return {key: value for each in PASSES if each.name in matched for key, value in each.settings.items()}
 
 
-def joined(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's options of `torch.compile` over settings of Inductor.
+def needed(program: Program) -> dict[str, Any]:
+    """Settings of Inductor that a program has whatever its user says.
+
+    No CUDA graphs where attention of many tokens over packed caches asks where they are: what is recorded cannot ask,
+    and would read all of a cache each time.
+    """
+    for node in program.graph.find_nodes(op="call_function", target=kv_attention.overload):
+        values = [each.meta["val"] if isinstance(each, Node) else each for each in node.args]
+        case = kv_attention.case_of(*values)
+        _, most = program.bounds(expression(values[0].shape[2]))
+        case = dataclasses.replace(case, rows=hint(case.rows), length=hint(case.length), M=most or ENDLESS)
+        if kv_attention.choose(case).name == "flash":
+            return {"triton.cudagraphs": False}
+    return {}
+
+
+def joined(
+    options: Mapping[str, Any], settings: Mapping[str, Any], forced: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The user's options of `torch.compile` over settings of Inductor, and under those that are forced.
 
     A mode becomes options, as torch takes one of the two.
     """
-    if not settings or options.get("backend", "inductor") != "inductor":
+    if not (settings or forced) or options.get("backend", "inductor") != "inductor":
         return dict(options)
     preset = torch._inductor.list_mode_options(options["mode"]) if options.get("mode") else {}
     rest = {key: value for key, value in options.items() if key != "mode"}
-    return {**rest, "options": {**settings, **preset, **(options.get("options") or {})}}
+    return {**rest, "options": {**settings, **preset, **(options.get("options") or {}), **(forced or {})}}
 
 
 def autocast(graph_module: GraphModule) -> bool:

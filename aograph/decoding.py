@@ -241,6 +241,14 @@ class Sampling:
         return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
 
 
+def parts(tokens: int, most: int) -> list[int]:
+    """The sizes of the parts of a prompt, at most `most` tokens each; the last has more than one if it can."""
+    sizes = [most] * (tokens // most) + [tokens % most] * (tokens % most > 0)
+    if len(sizes) > 1 and sizes[-1] == 1 < most - 1:
+        sizes[-2:] = most - 1, 2
+    return sizes
+
+
 def prompts_of(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
     """The tokens of each row of input_ids [B, T], what the mask leaves out (on the left) being taken away."""
     if attention_mask is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from . import huggingface
+from . import huggingface, prompts
 from .capture import stand_in
 from .errors import InputError, RecipeError
 from .optimize import OptimizedModule
@@ -38,6 +38,7 @@ class OptimizedPreTrained(OptimizedModule):
         self.config, self.dtype = model.config, model.dtype
         self.encoder: OptimizedModule | None = None
         self._longest = 0  # tokens, of packed caches that `generate` has made
+        self._chunk = prompts.CHUNK  # tokens, of this call of `generate`
         members: dict[str, Any] = {"device": property(lambda _: self.device)}
         if divided:
             called = stand_in(model, lambda whole, *args, **kwargs: whole.get_encoder()(*args, **kwargs))
@@ -50,7 +51,9 @@ class OptimizedPreTrained(OptimizedModule):
         members["_prepare_cache_for_generation"] = lambda shell, *args, **kwargs: self._prepare_cache(
             shell, *args, **kwargs
         )
-        shell = stand_in(model, lambda _, *args, **kwargs: self(*args, **kwargs), **members)
+        if not hasattr(model, "create_masks_for_generate"):  # one that has it makes masks of its own kind
+            members["create_masks_for_generate"] = lambda _, **given: prompts.masks(**given)
+        shell = stand_in(model, lambda _, *args, **kwargs: self._step(*args, **kwargs), **members)
         shell.generation_config = copy.deepcopy(getattr(model, "generation_config", None))  # BERT has none
         self._shell = [shell]  # in a list: not a submodule
 
@@ -68,6 +71,8 @@ class OptimizedPreTrained(OptimizedModule):
 
         Under a recipe with a rule for caches the cache is an `aograph.PackedCache`, made here or given as
         `past_key_values`, unless `cache_implementation` names another than "static"; a warning says where it cannot be.
+        With a packed cache a prompt goes through the model in chunks of `prefill_chunk_size` tokens, 2048 unless given,
+        so that no activation is longer; a call that asks for hidden states or attentions takes it whole.
 
         Raises `InputError` where the model cannot generate, for a packed cache that the text may outgrow, for a
         `compile_config` (the graphs are compiled as `optimize` was told), and for a cache that no graph can take.
@@ -106,16 +111,31 @@ class OptimizedPreTrained(OptimizedModule):
     def _prepare_cache(
         self, shell: Any, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int,
         max_cache_length: int,
-    ) -> Any:  # fmt: skip
-        """What transformers asks for a cache. Raises `InputError` for a packed one that the text may outgrow."""
-        cache = model_kwargs.get("past_key_values")
-        if isinstance(cache, huggingface.cache_kind("PackedCache") or ()) and max_cache_length > cache.max_cache_len:
+    ) -> None:  # fmt: skip
+        """What transformers asks for a cache. Raises `InputError` for a packed one that the text may outgrow.
+
+        Where it is packed, chunks of the prompt are ours: those of transformers 5.17 begin anew in each call.
+        """
+        cache: Any = model_kwargs.get("past_key_values")
+        if prompts.is_packed(cache) and max_cache_length > cache.max_cache_len:
             raise InputError(
                 f"the cache has room for {cache.max_cache_len} tokens, but the text may take {max_cache_length}: make "
                 "it longer, or give a lower max_new_tokens"
             )
         prepare: Any = type(self._model[0])._prepare_cache_for_generation  # type: ignore[attr-defined]
-        return prepare(shell, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        prepare(shell, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        if prompts.is_packed(model_kwargs.get("past_key_values")):
+            size = getattr(generation_config, "prefill_chunk_size", None)
+            if size is not None and size < 1:
+                raise InputError(f"prefill_chunk_size is {size}: it must be at least 1")
+            self._chunk, generation_config.prefill_chunk_size = size or prompts.CHUNK, None
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward of `generate`: the outputs of the last chunk."""
+        outputs = None
+        for chunk in prompts.chunks(kwargs, self._chunk):
+            outputs = self(*args, **chunk)
+        return outputs
 
     def _static_cache(
         self, shell: Any, cache_implementation: str, batch_size: int, max_cache_len: int, *rest: Any, **options: Any

@@ -95,6 +95,11 @@ def is_pretrained(model: nn.Module) -> bool:
     return "transformers" in sys.modules and isinstance(model, sys.modules["transformers"].PreTrainedModel)
 
 
+def masks_for_generate(**given: Any) -> Any:
+    """What `generate` of transformers makes of a mask for a static cache."""
+    return sys.modules["transformers.masking_utils"].create_masks_for_generate(**given)
+
+
 # --- caches as pytrees -------------------------------------------------------------------------------------
 #
 # The leaves of a cache are tensors alone. Numbers that change from call to call, such as how many tokens were seen,

@@ -155,9 +155,9 @@ class OptimizedModule(nn.Module):
         program.graph_module.recompile()
         if self._compile_options is None:
             return program.graph_module
-        from .backend import joined, suited  # it imports Inductor, which takes a while
+        from .backend import joined, needed, suited  # it imports Inductor, which takes a while
 
-        return torch.compile(program.graph_module, **joined(self._compile_options, suited(report)))
+        return torch.compile(program.graph_module, **joined(self._compile_options, suited(report), needed(program)))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """All tensors that the captures run on, packed and not, by name."""

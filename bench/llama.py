@@ -6,13 +6,17 @@ import torch
 from torch import nn
 
 
-def llama_8b(device: str, layers: int = 32) -> nn.Module:
-    """bf16, eval mode. Linear weights are normal with deviation 0.02, norms are 1."""
+def llama_8b(device: str, layers: int = 32, width: int = 4096) -> nn.Module:
+    """bf16, eval mode. Linear weights are normal with deviation 0.02, norms are 1.
+
+    width: the hidden size, a multiple of 512; all sizes but that of a head, 128, go with it.
+    """
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, rms_norm_eps=1e-5,
+        vocab_size=128256 * width // 4096, hidden_size=width, intermediate_size=14336 * width // 4096,
+        num_hidden_layers=layers, num_attention_heads=width // 128, num_key_value_heads=width // 512,
+        max_position_embeddings=8192, rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device("meta"):

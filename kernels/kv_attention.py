@@ -5,7 +5,7 @@ reads KV head i // (Hq / H). Token t of row b sees the cache's positions start[b
 only the newest `window` where window > 0, and of them only what mask allows:
     positions [B, T] int64   S - 1 and more: up to the end; negative: nothing
     start [B] int64          None: 0
-    mask                     bool (True: seen), or float, added to the scores; [B or 1, Hq or 1, T, S], or None
+    mask                     bool (True: seen), or float, added to the scores; [B or 1, Hq or 1, T or 1, S], or None
     k_window, k_held         of keys by channel (`kv_cache.py`); None where each token is by itself, as values are
     scores = q · k * scale, then, where softcap > 0, softcap * tanh(scores / softcap)
 -> [B, Hq, T, Dv] in q's dtype: softmax(scores) · v, and zeros for a token that sees nothing. Positions that no token of
@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import cuda_kv_attention
+from . import cuda_kv_attention, flash_kv_attention
 from .kv_cache import FLOATS, CacheCase, CacheOp
 from .op import capability
 
 BLOCK = 1024  # positions at a time
 BLOCKS_IN_GRAPH = 8  # at most, as each becomes a part of it
 SCORES = {"cpu": 1 << 22}  # in work at a time: on CPU little enough for its caches, with one block of positions,
-MANY_SCORES = 1 << 27  # elsewhere what keeps a GPU busy
+MANY_SCORES = 1 << 25  # elsewhere what keeps a GPU busy, 134 MB in fp32, of which there are a few
 
 kv_attention = CacheOp(
     "kv_attention(Tensor q, Tensor k, Tensor k_scales, Tensor v, Tensor v_scales, Tensor positions, Tensor? start, "
@@ -56,7 +56,7 @@ def _(
     if start is not None:
         check("start", start, device, (torch.int64,), (B,))
     if mask is not None:
-        shapes = [(rows, heads, T, S) for rows in (B, 1) for heads in (Hq, 1)]
+        shapes = [(rows, heads, tokens, S) for tokens in (T, 1) for rows in (B, 1) for heads in (Hq, 1)]
         check("mask", mask, device, (torch.bool, *FLOATS), *shapes)
     return CacheCase(
         device.type, q.dtype, T, of_values, D, None, capability(device), rows=B, heads=H, queries=Hq // H, length=S,
@@ -66,7 +66,7 @@ def _(
 
 @dataclass(frozen=True)
 class Sight:
-    """What tokens see: the arguments of the op, with mask [B or 1, H or 1, G or 1, T, S]."""
+    """What tokens see: the arguments of the op, with mask [B or 1, H or 1, G or 1, T or 1, S]."""
 
     positions: Tensor
     start: Tensor | None
@@ -82,7 +82,9 @@ class Sight:
 
     def tokens(self, part: slice) -> "Sight":
         """That of some of the tokens."""
-        mask = None if self.mask is None else self.mask[:, :, :, part]
+        if part == slice(None):
+            return self
+        mask = self.mask if self.mask is None or self.mask.shape[3] == 1 else self.mask[:, :, :, part]
         return replace(self, positions=self.positions[:, part], mask=mask)
 
     def seen(self, part: slice) -> Tensor:
@@ -171,6 +173,25 @@ def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, windo
 def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None):
     arguments = q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window, k_held
     return cuda_kv_attention.attention(*arguments, kv_attention.known_case(*arguments))
+
+
+@kv_attention.implementation("flash", supports=flash_kv_attention.supports)
+def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None):
+    """Tokens that are not one behind the other, at the same positions in all rows, go through "blocks"."""
+    H, S = v.shape[1:3]
+    first = flash_kv_attention.beginning(positions, start, window, S)
+    if first is None:
+        arguments = q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window, k_held
+        return kv_attention["blocks"].function(*arguments)
+    of_keys, form = Keys(k, k_scales, k_window, k_held), kv_attention.format_of(v, v_scales)
+
+    def keys(part: slice) -> Tensor:
+        return of_keys.dequantize(part, torch.float32)
+
+    def values(part: slice) -> Tensor:
+        return form.dequantize(v[:, :, part], v_scales[:, :, part], torch.float32)
+
+    return flash_kv_attention.attention(q, keys, values, of_keys.block, H, first, scale)
 
 
 @kv_attention.implementation("blocks", supports=lambda case: True, standalone=True)

@@ -410,7 +410,7 @@ def aligned(node: Node, operand: Node, dims: Dims) -> Dims:
 
 
 def behind(node: Node, dims: Dims) -> tuple[Node, Dims]:
-    """What stands behind views that only broadcast, and behind casts of integers."""
+    """What stands behind views that only broadcast, behind casts of integers, and behind an offset of 0."""
     while node.op == "call_function":
         kind, given = packet(node.target), arguments(node)
         source = given[0] if given and isinstance(given[0], Node) else None
@@ -425,6 +425,8 @@ def behind(node: Node, dims: Dims) -> tuple[Node, Dims]:
                 break
             places = dict(zip(*kept, strict=True))
             dims = [None if d is None else places.get(d) for d in dims]
+        elif kind is aten.add and type(given[1]) is int and given[1] == 0:
+            pass
         elif kind not in (aten.to, aten._to_copy) or not keeps_integers(source, node):
             break
         node = source
@@ -489,7 +491,7 @@ def arranged(g: Builder, node: Node, dims: Dims) -> Node:
 
 
 def limits(m: Match, g: Builder) -> tuple[Node, Node | None]:
-    """positions [B, T] int64, up to which each token sees, and the mask [B or 1, Hq or 1, T, S] that is left.
+    """positions [B, T] int64, up to which each token sees, and the mask [B or 1, Hq or 1, T or 1, S] that is left.
 
     None where the attention's mask says no more than that.
     """
@@ -516,7 +518,7 @@ def limits(m: Match, g: Builder) -> tuple[Node, Node | None]:
                     each = arranged(g, part.node, part.dims)
                     each = g.call(aten.logical_not.default, each) if part.negated else each
                     left = each if left is None else g.call(aten.logical_and.default, left, each)
-            return g.call(aten.expand.default, positions, [B, T]), spread(g, left, m, T)
+            return g.call(aten.expand.default, positions, [B, T]), spread(g, left, m)
     causal = m.bindings.get("causal") is True
     positions = (
         g.call(aten.arange.default, T, dtype=torch.int64, device=device)
@@ -527,12 +529,12 @@ def limits(m: Match, g: Builder) -> tuple[Node, Node | None]:
         given = g.call(aten.unsqueeze.default, given, 0)
     if negated:
         given = g.call(aten.logical_not.default, given)
-    return g.call(aten.expand.default, positions, [B, T]), spread(g, given, m, T)
+    return g.call(aten.expand.default, positions, [B, T]), spread(g, given, m)
 
 
-def spread(g: Builder, mask: Node | None, m: Match, T: Size) -> Node | None:
-    """A mask with all of the T tokens and the S positions."""
-    wanted = [sizes(m.q)[2], sizes(m.key)[2]]
-    if mask is None or sizes(mask)[2:] == wanted:
+def spread(g: Builder, mask: Node | None, m: Match) -> Node | None:
+    """A mask with all of the S positions; where it is the same for all tokens it stays one for all."""
+    wanted = sizes(m.key)[2]
+    if mask is None or sizes(mask)[3] == wanted:
         return mask
-    return g.call(aten.expand.default, mask, [-1, -1, T, m.key.meta["val"].shape[2]])
+    return g.call(aten.expand.default, mask, [-1, -1, -1, m.key.meta["val"].shape[2]])

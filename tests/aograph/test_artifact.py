@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,6 +237,19 @@ def test_packed_caches_change_little(packed, packed_cache):
         expected = packed_cache.reference(prompt, use_cache=False).logits[:, -1]
     assert 0 < (found - expected).norm() < 0.02 * expected.norm()
     torch.testing.assert_close(packed.generate(prompt, 8), greedy(packed_cache.reference, prompt, 8))
+
+
+@pytest.mark.parametrize("chunk, parts", [(4, [4, 3, 2]), (5, [5, 4]), (8, [7, 2]), (9, [9])])
+def test_a_prompt_in_parts(packed, chunk, parts, monkeypatch):
+    whole, cut = packed.new_cache(), packed.new_cache()
+    expected = packed.prefill(ids(1, 9), whole, 1)
+    lengths, graph = [], packed.graphs["prefill"]
+    monkeypatch.setattr("aograph.artifact.CHUNK", chunk)
+    monkeypatch.setitem(packed.graphs, "prefill", SimpleNamespace(
+        flat=lambda inputs: lengths.append(inputs[0].shape[1]) or graph.flat(inputs)))  # fmt: skip
+    torch.testing.assert_close(packed.prefill(ids(1, 9), cut, 1), expected, rtol=1e-3, atol=1e-3)
+    assert lengths == parts
+    torch.testing.assert_close(cut[1], whole[1], rtol=1e-3, atol=1e-6)  # scales of the first keys
 
 
 def test_a_row_of_a_packed_cache_is_used_again(packed, reference):

@@ -9,14 +9,17 @@ import threading
 import pytest
 import torch
 from aograph.kernels.int8_linear import int8_linear
+from aograph.kernels.kv_attention import kv_attention
+from aograph.kernels.kv_cache import INT8
 from torch import nn
 from torch._dynamo.utils import counters
 
 import aograph
 from aograph import InputError, LinearStatistics, RecipeError, WeightError, pipeline
-from aograph.backend import Options, cache_key, joined, suited
+from aograph.backend import Options, cache_key, joined, needed, suited
 from aograph.pipeline import Context
 from aograph.report import PassRecord, Report
+from tests.programs import program_of
 from tests.small_models import MLP, Tied
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -419,6 +422,22 @@ def test_kernels_that_quantize_are_tuned():
 def test_settings_join_the_users_options(options, expected):
     assert joined(options, suited(report(1))) == expected
     assert joined(options, suited(report(0))) == options
+
+
+class Attention(nn.Module):
+    def forward(self, q, positions, *caches):
+        return kv_attention(q, *caches, positions, None, None, 0.1, 0.0, 0, None, None)
+
+
+@pytest.mark.parametrize("tokens, settings", [(1, {}), (64, {"triton.cudagraphs": False})])
+def test_attention_that_asks_where_its_tokens_are_is_not_recorded(tokens, settings):
+    caches = (tensor for _ in range(2) for tensor in INT8.empty(1, 2, 128, 32))
+    positions = torch.arange(tokens)[None]
+    found = needed(program_of(Attention(), torch.randn(1, 4, tokens, 32), positions, *caches))
+    assert found == settings
+    options = {"mode": "reduce-overhead"}
+    recorded = joined(options, {}, found).get("options", {}).get("triton.cudagraphs")
+    assert recorded is (False if settings else None) and joined(options, {}, {}) == options
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def expected_of(q, k, k_scales, v, v_scales, positions, start, mask, scale, soft
         places = [s for s in range(max(first, 0), min(p + 1, S))]
         bias = torch.zeros(len(places), dtype=torch.float64)
         if mask is not None:
-            row = mask[b if mask.shape[0] > 1 else 0, h if mask.shape[1] > 1 else 0, t]
+            row = mask[tuple(i if size > 1 else 0 for i, size in zip((b, h, t), mask.shape[:3], strict=True))]
             if mask.dtype is torch.bool:
                 places = [s for s in places if row[s]]
                 bias = bias[: len(places)]
@@ -112,10 +112,11 @@ def test_padding_windows_and_softcap(form, padded, window, softcap):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_masks(dtype, rows, heads):
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_masks(dtype, rows, heads, tokens):
     B, H, Hq, S, D, T = 2, 2, 4, 40, 32, 20
-    mask = torch.rand(rows, heads, T, S) < 0.3
-    mask[:, :, 3], mask[:, :, 4, 16:32] = False, False
+    mask = torch.rand(rows, heads, tokens, S) < 0.3
+    mask[:, :, 3:4], mask[:, :, 4:5, 16:32] = False, False
     if dtype is not torch.bool:
         mask = (torch.randn(mask.shape).masked_fill(~mask, -math.inf)).to(dtype)
     q = torch.randn(B, Hq, T, D)
