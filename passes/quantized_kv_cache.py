@@ -19,7 +19,7 @@ from ..expression import Expression
 from ..kernels.kv_attention import kv_attention
 from ..kernels.kv_cache import FLOATS
 from ..kernels.kv_update import kv_update
-from ..patterns.cache import ATTENTIONS, UPDATES, Update, limits, memory, scale_of, softcap_of
+from ..patterns.cache import ATTENTIONS, UPDATES, Update, limits, memory, scale_of, sinks_of, softcap_of
 from ..patterns.language import Builder, Match, Miss, match, mutates, packet, propagate, views_of
 from ..program import CacheSite, Program, expression, hint, nbytes
 from ..report import NEAR_MISS, REWRITTEN, SKIPPED
@@ -244,6 +244,9 @@ def attend(
     scale, softcap = scale_of(found), softcap_of(found)
     codes, scales, *window = keys
     seen = positions, None, mask, scale, softcap, 0
+    sinks = sinks_of(found, g)
+    if sinks is not None:
+        window = [*window, *[None] * (2 - len(window)), sinks]
     new = g.call(kv_attention.overload, found.q, codes, scales, *values, *seen, *window)
     old.replace_all_uses_with(new)
     relay(new)

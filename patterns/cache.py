@@ -8,6 +8,7 @@ A cache is a tensor [B, H, S, D] that the graph writes: B rows, H heads, S posit
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -233,8 +234,28 @@ def swaps_last_two(m: Match) -> bool | str:
     return {m.one % 4, m.other % 4} == {2, 3} or "keys are transposed otherwise than [B, H, D, S]"
 
 
-def last_dimension(m: Match) -> bool | str:
-    return m.softmax_dim in (3, -1) or f"the softmax is over dimension {m.softmax_dim}"
+def along(name: str) -> Callable[[Match], bool | str]:
+    """Whether what a softmax consists of is along positions."""
+
+    def guard(m: Match) -> bool | str:
+        dim = m.bindings[name]
+        return dim in (3, -1) or f"{name.replace('_dim', '')} is over dimension {dim}, not over positions"
+
+    return guard
+
+
+def sinks_fit(m: Match) -> bool | str:
+    """Whether what is concatenated to the scores is a logit for each query head."""
+    if m.sinks_dim not in (3, -1) or not isinstance(m.sinks, Node) or len(sizes(m.sinks)) != 4:
+        return f"{m.sinks} is concatenated to its scores along dimension {m.sinks_dim}"
+    base, dims = behind(m.sinks, [0, 1, 2, 3])
+    one = sizes(m.sinks)[3] == "1" and [dims[0], *dims[2:]] == [None] * 3 and m.sinks.meta["val"].dtype in FLOATS
+    return (one and stays(base)) or f"its sinks [{', '.join(sizes(m.sinks))}] are no logit for each query head"
+
+
+def without_sinks(m: Match) -> bool | str:
+    whole = str(m.until) == "-1" or (isinstance(m.until, int) and str(m.until) == sizes(m.key)[2])
+    return (m.of in (3, -1) and whole) or f"of its probabilities with sinks {m.of}, :{m.until} is taken"
 
 
 def same_softcap(m: Match) -> bool | str:
@@ -347,7 +368,17 @@ masked = Either(
     P(aten.where.self, mask, wide, fill, where=hides),
     wide,
 )
-softmax = P(aten.softmax.int, masked, Any("softmax_dim"), Any(), where=last_dimension)
+joined = P(aten.cat, [masked, Any("sinks")], Any("sinks_dim"), where=sinks_fit, name="joined")
+largest = Either(
+    P(operator.getitem, P(aten.max.dim, joined, Any("largest_dim"), True, where=along("largest_dim")), 0),
+    P(aten.amax, joined, [Any("largest_dim")], True, where=along("largest_dim")),
+)
+with_sinks = Either(P(aten.sub.Tensor, joined, largest), joined)
+softmax = Either(
+    P(aten.slice, P(aten.softmax.int, with_sinks, Any("softmax_dim"), Any(), where=along("softmax_dim")), Any("of"),
+      Either(0, None), Any("until"), where=without_sinks),
+    P(aten.softmax.int, masked, Any("softmax_dim"), Any(), where=along("softmax_dim")),
+)  # fmt: skip
 probabilities = Either(P(aten.to.dtype, softmax, Any()), P(aten.type_as, softmax, Any()), softmax)
 guards = (heads_repeated("key"), heads_repeated("value"), heads_fit, mask_fits)
 
@@ -370,6 +401,15 @@ def scale_of(m: Match) -> float:
 def softcap_of(m: Match) -> float:
     """0 where there is none."""
     return float(m.bindings.get("cap", 0))
+
+
+def sinks_of(m: Match, g: Builder) -> Node | None:
+    """[Hq]: a logit for each query head that takes part in the softmax alone."""
+    if "sinks" not in m.bindings:
+        return None
+    base, dims = behind(m.sinks, [0, 1, 2, 3])
+    found = arranged(g, base, [dims[1]])
+    return found if sizes(found) == sizes(m.q)[1:2] else g.call(aten.expand.default, found, [m.q.meta["val"].shape[1]])
 
 
 # --- masks -------------------------------------------------------------------------------------------------

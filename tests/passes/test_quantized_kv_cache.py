@@ -90,6 +90,25 @@ MASKED = {
     "where": lambda scores, mask: torch.where(mask, scores, -torch.inf),
     "added": added,
 }
+SHIFTS = {
+    "as they are": lambda logits: logits,
+    "without the largest": lambda logits: logits - logits.max(-1, keepdim=True).values,
+    "without amax": lambda logits: logits - logits.amax(-1, keepdim=True),
+}
+
+
+def with_sinks(shift):
+    """As eager attention of GPT-OSS in transformers."""
+
+    def attention(q, k, v, mask):
+        sinks = torch.linspace(-2, 3, q.shape[1]).reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+        scores = added(q @ k.transpose(2, 3) * q.shape[-1] ** -0.5, mask)
+        logits = shift(torch.cat([scores, sinks.to(q.dtype)], -1))
+        return F.dropout(logits.softmax(-1, logits.dtype)[..., :-1], 0.1, training=False).to(v.dtype) @ v
+
+    return attention
+
+
 ATTENTIONS = {
     "sdpa, enable_gqa": lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True),
     "sdpa, scale": grouped(lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask, scale=0.1), repeat_kv),
@@ -97,6 +116,7 @@ ATTENTIONS = {
     "sdpa, repeat_interleave": grouped(sdpa, lambda x, n: x.repeat_interleave(n, 1)),
     "softmax in fp32": grouped(by_softmax(MASKED["where"], dtype=torch.float32), repeat_kv),
     "softcap": grouped(by_softmax(MASKED["where"], softcap=2.0), repeat_kv),
+    **{f"sinks, {name}": grouped(with_sinks(shift), repeat_kv) for name, shift in SHIFTS.items()},
     **{f"softmax, {name}": grouped(by_softmax(masked), repeat_kv) for name, masked in MASKED.items()},
 }
 
@@ -367,10 +387,14 @@ class Flat(Attention):
         self.attention = lambda q, k, v, mask: sdpa(q, k[None], v[None], mask)
 
 
-def with_sinks(q, k, v, mask):
+def sinks_of_scores(q, k, v, mask):
     scores = (q @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
-    sinks = torch.zeros_like(scores[..., :1])
-    return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
+    return torch.cat([scores, scores[..., :1]], -1).softmax(-1)[..., :-1] @ v
+
+
+def without_the_first(q, k, v, mask):
+    scores = (q @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
+    return torch.cat([scores, torch.zeros(H, 1, 1).expand(B, -1, q.shape[2], -1)], -1).softmax(-1)[..., 1:] @ v
 
 
 def along_heads(cache, new, positions):
@@ -381,7 +405,8 @@ MISSES = {
     "read besides": (Read(), "read by sum"),
     "returned": (Returned(), "read by mul"),
     "written besides": (OtherWrite(), "written by mul_"),
-    "sinks": (Attention(attention=with_sinks), "calls aten.slice.Tensor, not aten.softmax"),
+    "sinks by token": (Attention(attention=sinks_of_scores), "are no logit for each query head"),
+    "a part of what has sinks": (Attention(attention=without_the_first), "argument 1 where None is needed"),
     "a head size": (Attention(size=24), "multiple of 16"),
     "a dtype": (Attention(dtype=torch.float64), "unsupported dtype torch.float64"),
     "three dimensions": (Flat(), "3 dimensions"),
