@@ -47,7 +47,10 @@ class Uses:
 
     @property
     def nodes(self) -> set[Node]:
-        return {node for _, m in self.updates for node in m.nodes} | {n for m in self.attentions for n in m.nodes}
+        """All that the patterns know, and the sizes that nothing else asks for."""
+        found = {node for _, m in self.updates for node in m.nodes} | {n for m in self.attentions for n in m.nodes}
+        asked = {user for node in found for user in node.users if packet(user.target) is aten.sym_size}
+        return found | {each for each in asked if each.users.keys() <= found}
 
 
 class QuantizedKVCache(Pass):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .language import Any, Builder, Either, Match, P, arguments, mutates, packet, stays
 
@@ -254,7 +255,7 @@ def sinks_fit(m: Match) -> bool | str:
 
 
 def without_sinks(m: Match) -> bool | str:
-    whole = str(m.until) == "-1" or (isinstance(m.until, int) and str(m.until) == sizes(m.key)[2])
+    whole = str(m.until) == "-1" or (isinstance(m.until, int) and str(m.until) == sizes(read(m))[2])
     return (m.of in (3, -1) and whole) or f"of its probabilities with sinks {m.of}, :{m.until} is taken"
 
 
@@ -291,7 +292,7 @@ def heads_repeated(name: str) -> Callable[[Match], bool | str]:
     def guard(m: Match) -> bool | str:
         if f"{name}_heads" not in m.bindings:
             return True
-        repeated, (B, H, S, D) = m.bindings[f"{name}_heads"].meta["val"], sizes(m.bindings[name])
+        repeated, (B, H, S, D) = m.bindings[f"{name}_heads"].meta["val"], sizes(read(m, name))
         heads = repeated.shape[1] if repeated.ndim == 4 else None
         same = heads is not None and [str(s) for s in repeated.shape] == [B, str(heads), S, D]
         whole = same and isinstance(heads, int) and H.isdecimal() and heads % int(H) == 0
@@ -300,9 +301,48 @@ def heads_repeated(name: str) -> Callable[[Match], bool | str]:
     return guard
 
 
+def read(m: Match, name: str = "key") -> Node:
+    """What of a cache is read: the cache, or its first positions."""
+    return m.bindings.get(f"{name}_read", m.bindings[name])
+
+
+def lengths(m: Match) -> set[str]:
+    """What stands for the number of positions that are read: of a part, its size, or that up to which it was taken."""
+    end = m.bindings.get("key_end")
+    return {sizes(read(m))[2], *([str(end.meta["val"])] if isinstance(end, Node) else [])}
+
+
+def first_positions(name: str) -> Callable[[Match], bool | str]:
+    def guard(m: Match) -> bool | str:
+        dim, start, end = (m.bindings[f"{name}_{what}"] for what in ("dim", "start", "end"))
+        if dim not in (2, -2):
+            return f"a part of its {name}s is read, along dimension {dim}"
+        if start not in (0, None):
+            return f"a part of its {name}s is read, from position {start} on, not from the first"
+        last = end.meta["val"] if isinstance(end, Node) else end
+        static = isinstance(m.bindings[name].meta["val"].shape[2], int)
+        known = (isinstance(last, int) and (last >= 0 or static)) or (
+            isinstance(last, torch.SymInt) and statically_known_true(last >= 0)
+        )
+        return known or f"a part of its {name}s is read, up to {end}, which may be counted from the back"
+
+    return guard
+
+
+def first_of(name: str) -> Either:
+    """A cache, or its first positions."""
+    whole, of, end = Cache(name), Any(f"{name}_dim"), Any(f"{name}_end")
+    known = dict(where=first_positions(name), name=f"{name}_read")
+    return Either(
+        whole,
+        P(aten.slice, whole, of, Any(f"{name}_start"), end, **known),
+        P(aten.narrow, whole, of, Any(f"{name}_start"), end, **known),
+    )
+
+
 def repeated(name: str) -> Either:
-    """A cache, its heads repeated for groups of query heads or not."""
-    whole = Cache(name)
+    """A cache or its first positions, its heads repeated for groups of query heads or not."""
+    whole = first_of(name)
     groups = P(aten.expand, Either(P(aten.unsqueeze, whole, 2), P(aten.unsqueeze, whole, -3)), Any(), Any())
     groups = Either(groups, P(aten.clone, groups, Any()), P(aten.contiguous, groups, Any()))
     return Either(
@@ -318,8 +358,11 @@ def heads_fit(m: Match) -> bool | str:
     q, key, value = (each.meta["val"] for each in (m.q, m.key, m.value))
     if q.ndim != 4 or sizes(m.q)[0] != sizes(m.key)[0] or sizes(m.q)[3] != sizes(m.key)[3]:
         return f"queries are [{', '.join(sizes(m.q))}], the cache [{', '.join(sizes(m.key))}]"
-    if sizes(m.key)[:3] != sizes(m.value)[:3]:
-        return f"keys are [{', '.join(sizes(m.key))}], values [{', '.join(sizes(m.value))}]"
+    same = sizes(read(m))[2] == sizes(read(m, "value"))[2] or m.bindings.get("key_end", 0) is m.bindings.get(
+        "value_end"
+    )
+    if sizes(m.key)[:3] != sizes(m.value)[:3] or not same:
+        return f"keys are [{', '.join(sizes(read(m)))}], values [{', '.join(sizes(read(m, 'value')))}]"
     numbers = isinstance(q.shape[1], int) and isinstance(key.shape[1], int)
     if not numbers or q.shape[1] % key.shape[1]:
         return f"{q.shape[1]} query heads are no multiple of {key.shape[1]}"
@@ -334,9 +377,10 @@ def mask_fits(m: Match) -> bool | str:
         return True
     if not isinstance(given, Node):
         return f"{given} is no mask"
-    expected = [sizes(m.q)[0], sizes(m.q)[1], sizes(m.q)[2], sizes(m.key)[2]]
+    expected = [sizes(m.q)[0], sizes(m.q)[1], sizes(m.q)[2], sizes(read(m))[2]]
     found = sizes(given)
-    fits = len(found) <= 4 and all(s in ("1", e) for s, e in zip(reversed(found), reversed(expected), strict=False))
+    known = [*({"1", e} for e in expected[:3]), {"1"} | lengths(m)]
+    fits = len(found) <= 4 and all(s in e for s, e in zip(reversed(found), reversed(known), strict=False))
     dtype = given.meta["val"].dtype
     usual = dtype == torch.bool or (dtype in FLOATS and "mask" in m.bindings)
     return (fits and usual) or f"its mask is {dtype} [{', '.join(found)}], not [{', '.join(expected)}]"
@@ -542,7 +586,7 @@ def limits(m: Match, g: Builder) -> tuple[Node, Node | None]:
         rank = len(sizes(given))
         whole = [None if i < 4 - rank or sizes(given)[i - 4 + rank] == "1" else i - 4 + rank for i in range(4)]
         found = list(parts(given, whole, negated))
-        far = next((h for part in found if (h := horizon(part, str(S))) is not None), None)
+        far = next((h for part in found for n in lengths(m) if (h := horizon(part, n)) is not None), None)
         if far is not None and all(stays(part.node) for part in found):
             at = Builder(far.part.node)  # where it is compared: it may be written before the attention
             positions = arranged(at, far.node, far.dims)
@@ -556,7 +600,7 @@ def limits(m: Match, g: Builder) -> tuple[Node, Node | None]:
                     each = arranged(g, part.node, part.dims)
                     each = g.call(aten.logical_not.default, each) if part.negated else each
                     left = each if left is None else g.call(aten.logical_and.default, left, each)
-            return g.call(aten.expand.default, positions, [B, T]), spread(g, left, m, T)
+            return g.call(aten.expand.default, within(g, positions, m), [B, T]), spread(g, left, m, T)
     causal = m.bindings.get("causal") is True
     positions = (
         g.call(aten.arange.default, T, dtype=torch.int64, device=device)
@@ -567,12 +611,29 @@ def limits(m: Match, g: Builder) -> tuple[Node, Node | None]:
         given = g.call(aten.unsqueeze.default, given, 0)
     if negated:
         given = g.call(aten.logical_not.default, given)
-    return g.call(aten.expand.default, positions, [B, T]), spread(g, given, m, T)
+    return g.call(aten.expand.default, within(g, positions, m), [B, T]), spread(g, given, m, T)
+
+
+def within(g: Builder, positions: Node, m: Match) -> Node:
+    """Positions of which none is behind what is read of a cache."""
+    if read(m) is m.key:
+        return positions
+    end = m.key_end
+    if isinstance(end, Node):
+        last = g.call(operator.sub, end, 1)
+    else:
+        last = end - 1 if end >= 0 else end - 1 + m.key.meta["val"].shape[2]
+    return g.call(aten.clamp.default, positions, None, last)
 
 
 def spread(g: Builder, mask: Node | None, m: Match, T: Size) -> Node | None:
-    """A mask with all of the T tokens and the S positions."""
+    """A mask with all of the T tokens and the S positions, whatever it says of those that are not read."""
     wanted = [sizes(m.q)[2], sizes(m.key)[2]]
     if mask is None or sizes(mask)[2:] == wanted:
         return mask
-    return g.call(aten.expand.default, mask, [-1, -1, T, m.key.meta["val"].shape[2]])
+    S = m.key.meta["val"].shape[2]
+    if read(m) is not m.key and sizes(mask)[3] != "1":
+        known = size(g, mask, 3)
+        room = S - known if isinstance(known, int) else g.call(operator.sub, S, known)
+        mask = g.call(aten.constant_pad_nd.default, mask, [0, room], 0)
+    return g.call(aten.expand.default, mask, [-1, -1, T, S])
