@@ -14,8 +14,8 @@ from torch.fx import Node
 
 from ..kernels.kv_dequantize import kv_dequantize
 from ..kernels.kv_update import kv_update
-from ..patterns.cache import ATTENTIONS
-from ..patterns.language import Match, Miss, match, mutates, packet
+from ..patterns.cache import ATTENTIONS, may_attend
+from ..patterns.language import Match, Miss, match, mutates
 from ..program import Program
 from ..report import NEAR_MISS, REWRITTEN
 from ..schemes import preset_of
@@ -64,7 +64,7 @@ def attentions(program: Program, whole: dict[Node, Node]) -> tuple[list[Match], 
     found, misses = [], {}
     for node in program.graph.nodes:
         for pattern in ATTENTIONS:
-            if packet(node.target) is pattern.target:
+            if may_attend(pattern, node):
                 m = match(pattern, node)
                 if isinstance(m, Match) and m.key in whole and m.value in whole and len(m.value.args) == 3:
                     found.append(m)

@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .flex import Sum, bounds, computed, flex, flex_attention, softcap
 from .language import Any, Builder, Either, Match, P, arguments, mutates, packet, stays
 
 aten = torch.ops.aten
@@ -31,7 +32,7 @@ Size = "int | Node"
 def memory(value: object) -> Node | None:
     """The buffer or input that a node is the whole of: it, or what operators that wrote it in place returned; or what
     a packed cache was unpacked to."""
-    while isinstance(value, Node) and value.op == "call_function" and mutates(value) == [arguments(value)[0]]:
+    while isinstance(value, Node) and value.op == "call_function" and mutates(value) == arguments(value)[:1] != []:
         value = arguments(value)[0]
     known = isinstance(value, Node) and (value.op in ("get_attr", "placeholder") or unpacks(value))
     return value if known else None
@@ -430,7 +431,15 @@ ATTENTIONS = [
     P(aten.scaled_dot_product_attention, q, key, value, mask, 0.0, Any("causal"), Any("factor"), Any("gqa"), where=(
         numbers("factor"), *guards)),
     P(aten.matmul, probabilities, value, where=guards),
+    flex(q, key, value, numbers("factor"), *guards),
 ]  # fmt: skip
+
+
+def may_attend(pattern: P, node: Node) -> bool:
+    """Whether a node is the operator that an attention ends in."""
+    if pattern.target is operator.getitem:
+        return node.target is operator.getitem and node.args[0].target is flex_attention
+    return packet(node.target) is pattern.target
 
 
 def scale_of(m: Match) -> float:
@@ -444,6 +453,10 @@ def scale_of(m: Match) -> float:
 
 def softcap_of(m: Match) -> float:
     """0 where there is none."""
+    if "score_mod" in m.bindings:
+        found = softcap(m.score_mod)
+        assert isinstance(found, float)
+        return found
     return float(m.bindings.get("cap", 0))
 
 
@@ -570,6 +583,32 @@ def arranged(g: Builder, node: Node, dims: Dims) -> Node:
         if d is None:
             node = g.call(aten.unsqueeze.default, node, i)
     return node
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What tokens see, as `kv_attention` takes it."""
+
+    positions: Node
+    start: Node | None = None
+    mask: Node | None = None
+    window: int = 0
+
+
+def seen(m: Match, g: Builder) -> Seen:
+    if "block_mask" not in m.bindings:
+        positions, mask = limits(m, g)
+        return Seen(positions, mask=mask)
+    known = bounds(m.block_mask[-1])
+    B, T, S = size(g, m.q, 0), size(g, m.q, 2), m.key.meta["val"].shape[2]
+    of = list(m.mask_inputs), B, T, m.key.meta["val"].device
+    last = Sum(S - 1) if known.last is None else known.last
+    positions = g.call(aten.expand.default, within(g, computed(last, g, *of), m), [B, T])
+    start = None
+    if known.first is not None:
+        start = g.call(aten.select.int, computed(known.first, g, *of), 1, 0)
+        start = g.call(aten.expand.default, start, [B])
+    return Seen(positions, start, None, known.window)
 
 
 def limits(m: Match, g: Builder) -> tuple[Node, Node | None]:
