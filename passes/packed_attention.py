@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from ..kernels.kv_dequantize import kv_dequantize
 from ..kernels.kv_update import kv_update
-from ..patterns.cache import ATTENTIONS, may_attend
+from ..patterns.cache import ATTENTIONS, may_attend, memory
 from ..patterns.language import Match, Miss, match, mutates
 from ..program import Program
 from ..report import NEAR_MISS, REWRITTEN
@@ -33,7 +33,7 @@ class PackedAttention(Pass):
 
     def run(self, program: Program, context) -> int:
         caches = {cache.node: cache for cache in program.caches if cache.format is not None}
-        whole = {node: node.args[0] for node in program.graph.nodes if node.target is kv_dequantize.overload}
+        whole = {node: memory(node.args[0]) for node in program.graph.nodes if node.target is kv_dequantize.overload}
         order = {node: i for i, node in enumerate(program.graph.nodes)}
         found, misses = attentions(program, whole)
         ran: dict[Node, tuple[str, str]] = {}
