@@ -155,8 +155,8 @@ class PackedCache(StaticCache):
 
     Give it as `past_key_values` to a model of transformers or to its `generate`, as it is, behind `torch.compile`, or
     optimized; `aograph.optimize(model, "kv8").generate` makes one by itself. `reset` begins a new text, `reorder_cache`
-    is for beams. Rules name caches `key_0`, `value_0` … by layer; a layer is packed where both are, and else transformers'
-    own. Layers that slide over fewer tokens than the cache holds keep those, keys by token.
+    is for beams. Rules name caches `key_0`, `value_0` … by layer; a layer is packed where both are, and else it is
+    transformers' own. Layers that slide over fewer tokens than the cache holds keep those alone, keys by token.
 
     model: a causal language model, compiled or not, or what `optimize` made of one.
     recipe: as for `aograph.optimize`; None: that of an optimized model.
@@ -193,8 +193,8 @@ class PackedCache(StaticCache):
             if shape is not None and type(layer) in WHOLE and layer.max_cache_len == length:
                 layers[i] = PackedLayer.empty(shape, batch_size, length, target)
             elif shape is not None and type(layer) is StaticSlidingWindowLayer:
-                by_token = packed_shape(shape, parsed, i, by_token=True)
-                layers[i] = PackedWindowLayer.empty(by_token, batch_size, layer.max_cache_len, target)
+                shape = packed_shape(plain, parsed, i, by_token=True) or shape
+                layers[i] = PackedWindowLayer.empty(shape, batch_size, layer.max_cache_len, target)
             else:
                 layer.lazy_initialization(*plain.empty(batch_size, 0, target))
         if not any(isinstance(layer, PackedLayer) for layer in layers):

@@ -291,7 +291,7 @@ def test_windows_of_an_optimized_model(build, recipe):
 
 @recipes
 def test_a_window_holds_what_the_layer_of_transformers_does(recipe):
-    """Of tokens that rounding leaves as they are, in pieces of any size, the same is read, whatever was there before."""
+    """Of tokens that rounding leaves as they are, in pieces of any size, the same is read; then of another text."""
     shape = packed_shape(CacheShape(2, 32, 32, torch.float32), Recipe.of(recipe), 0, by_token=True)
     layer = PackedWindowLayer.empty(shape, 2, SHORT, torch.device("cpu"))
     form = shape.parts[0][1]
