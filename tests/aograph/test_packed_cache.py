@@ -289,6 +289,30 @@ def test_windows_of_an_optimized_model(build, recipe):
     assert {(row.outcome, row.scheme[:3]) for row in report.caches} == {("rewritten", recipe[:3])}
 
 
+def test_sinks_and_windows_of_gpt_oss():
+    """A text longer than the window, then token by token: sinks go into attention over what is packed."""
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        intermediate_size=32, sliding_window=SHORT, max_position_embeddings=128, num_local_experts=4,
+        num_experts_per_tok=2, experts_implementation="batched_mm",
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    model, tokens, cuts = transformers.GptOssForCausalLM(config).eval(), ids(2, 32, 128), (20, *[1] * 12)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    expected = steps(model, tokens, StaticCache(model.config, max_cache_len=LENGTH), cuts)
+    cache = PackedCache(model, "kv8", 2, LENGTH)
+    assert [type(layer) for layer in cache.layers] == [PackedWindowLayer, PackedLayer]
+    prompt = aograph.explain(model, "kv8", {"input_ids": tokens[:, :20], "past_key_values": cache})
+    assert prompt.caches[0].notes == ["attention reads the new tokens as they are, and not the cache"]
+    fast = optimize(model, "kv8", compile=False)
+    assert 0 < error(steps(fast, tokens, cache, cuts), expected) < LARGEST["kv8"]
+    assert fast._count == 2
+    step = aograph.explain(model, "kv8", {"input_ids": tokens[:, :1], "past_key_values": cache})
+    assert [row.outcome for row in step.caches] == ["rewritten"] * 4
+
+
 @recipes
 def test_a_window_holds_what_the_layer_of_transformers_does(recipe):
     """Of tokens that rounding leaves as they are, in pieces of any size, the same is read; then of another text."""
