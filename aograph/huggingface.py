@@ -124,6 +124,7 @@ LAYERS = {
     "StaticLayer": LayerKind(static=True),
     "StaticSlidingWindowLayer": LayerKind(static=True, numbers=("cumulative_length_int",)),
     "PackedLayer": LayerKind(static=True),
+    "PackedWindowLayer": LayerKind(static=True),
 }
 
 SIZES: WeakKeyDictionary[Any, dict[str, Tensor]] = WeakKeyDictionary()  # by layer and name of the number
@@ -137,7 +138,7 @@ def flatten_layer(layer: Any) -> tuple[list[Tensor], list[Any]]:
             f"a cache with layers of the class {name} cannot go in or out of a captured graph; "
             f"those that can: {', '.join(LAYERS)}"
         )
-    if name == "PackedLayer":
+    if name.startswith("Packed"):
         return layer.flatten()
     kind, filled = LAYERS[name], layer.keys is not None
     device = layer.keys.device if filled else None
@@ -158,8 +159,8 @@ def sized(layer: Any, number: str, device: torch.device | None) -> Tensor:
 
 def unflatten_layer(leaves: Iterator[Any], context: list[Any]) -> Any:
     """The layer that a context describes; takes its tensors from `leaves`."""
-    if context[0] == "PackedLayer":
-        return sys.modules[PACKED].PackedLayer.unflatten(leaves, context)
+    if context[0].startswith("Packed"):
+        return getattr(sys.modules[PACKED], context[0]).unflatten(leaves, context)
     name, filled, settings = context
     kind, state = LAYERS[name], dict(settings)
     if filled:

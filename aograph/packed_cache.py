@@ -41,7 +41,8 @@ class PackedLayer(StaticLayer):
     values: Any
 
     def __init__(self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], written: Tensor):
-        super().__init__(max_cache_len=values[0].shape[2])
+        length = values[0].shape[2]
+        super().__init__(max_cache_len=length, sliding_window=length)
         self.keys, self.values, self.cumulative_length = keys, values, written
         self.batch_size, self.num_heads = values[0].shape[:2]
         self.device, self.is_initialized = written.device, True
@@ -92,13 +93,70 @@ class PackedLayer(StaticLayer):
         return cls(keys, values, next(leaves))
 
 
+class PackedWindowLayer(PackedLayer, StaticSlidingWindowLayer):
+    """The cache of a layer that sees the newest tokens alone, as many as there are slots: the oldest is in the first.
+
+    As in the layer of transformers, all move by one slot for one token more. Where several come and not all that they
+    see has room, attention gets what was there, unpacked, and the new ones as they are. Keys are packed by token.
+    """
+
+    def __init__(self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], written: Tensor, seen: int = 0):
+        super().__init__(keys, values, written)
+        self.cumulative_length_int = seen
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        count, seen, room = key_states.shape[2], self.cumulative_length_int, self.max_cache_len
+        if seen + count <= room:
+            found = super().update(key_states, value_states)
+            self.cumulative_length_int = seen + count
+            return found
+        self.cumulative_length_int = seen + count
+        full = seen >= room
+        kept = slice(1, None) if full else slice(0, seen)  # of what was there, what new tokens see
+        states = []
+        for packed, new in ((self.keys, key_states), (self.values, value_states)):
+            old = None
+            if not (full and count == 1) and seen > 0:
+                old = kv_dequantize.overload(*packed, new.dtype)[:, :, kept]
+            if count < room:
+                shift(packed, count if full else seen + count - room)
+            stored = min(count, room) if isinstance(count, int) else room if count >= room else count
+            positions = torch.arange(stored, device=self.device) + (room - stored)
+            kv_update.overload(*packed, new[:, :, count - stored :], positions)
+            if full and count == 1:
+                states.append(kv_dequantize.overload(*packed, new.dtype))
+            else:
+                states.append(new if old is None else torch.cat([old, new], 2))
+        return states[0], states[1]
+
+    def reset(self) -> None:
+        super().reset()
+        self.cumulative_length_int = 0
+
+    def flatten(self) -> tuple[list[Tensor], list[Any]]:
+        leaves, context = super().flatten()
+        return [*leaves, huggingface.sized(self, "cumulative_length_int", self.device)], context
+
+    @classmethod
+    def unflatten(cls, leaves: Iterator[Any], context: list[Any]) -> PackedWindowLayer:
+        keys, values = (tuple(next(leaves) for _ in range(count)) for count in context[1:])
+        return cls(keys, values, next(leaves), next(leaves).shape[0])
+
+
+def shift(packed: tuple[Tensor, ...], slots: int) -> None:
+    """Moves what a cache by token holds towards the front."""
+    for tensor in packed:
+        tensor = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+        tensor.copy_(tensor.roll(-slots, 2))
+
+
 class PackedCache(StaticCache):
     """A static cache that holds keys and values as the rules of a recipe say that are for caches.
 
     Give it as `past_key_values` to a model of transformers or to its `generate`, as it is, behind `torch.compile`, or
     optimized; `aograph.optimize(model, "kv8").generate` makes one by itself. `reset` begins a new text, `reorder_cache`
-    is for beams. Rules name caches `key_0`, `value_0` … by layer; a layer is packed where both are. Layers that slide
-    over fewer tokens than the cache holds, and those that no rule packs, are transformers' own.
+    is for beams. Rules name caches `key_0`, `value_0` … by layer; a layer is packed where both are, and else it is
+    transformers' own. Layers that slide over fewer tokens than the cache holds keep those alone, keys by token.
 
     model: a causal language model, compiled or not, or what `optimize` made of one.
     recipe: as for `aograph.optimize`; None: that of an optimized model.
@@ -129,10 +187,14 @@ class PackedCache(StaticCache):
         block = max((form.block or 1 for shape in kept if shape for _, form in shape.parts if form), default=1)
         length = -(-max_cache_len // block) * block
         super().__init__(model.config, max_cache_len=length)
+        self.room = length
         layers: list[Any] = self.layers
         for i, (layer, plain, shape) in enumerate(zip(layers, shapes, kept, strict=True)):
             if shape is not None and type(layer) in WHOLE and layer.max_cache_len == length:
                 layers[i] = PackedLayer.empty(shape, batch_size, length, target)
+            elif shape is not None and type(layer) is StaticSlidingWindowLayer:
+                shape = packed_shape(plain, parsed, i, by_token=True) or shape
+                layers[i] = PackedWindowLayer.empty(shape, batch_size, layer.max_cache_len, target)
             else:
                 layer.lazy_initialization(*plain.empty(batch_size, 0, target))
         if not any(isinstance(layer, PackedLayer) for layer in layers):
@@ -144,7 +206,7 @@ class PackedCache(StaticCache):
     @property
     def max_cache_len(self) -> int:
         """Tokens of a row, in layers that hold all of them."""
-        return max(layer.get_max_length() for layer in self.layers)
+        return self.room
 
     @property
     def token_bytes(self) -> int:
@@ -177,8 +239,11 @@ def shapes_of(model: Any) -> list[CacheShape]:
     return SHAPES[model][1]
 
 
-def packed_shape(shape: CacheShape, recipe: Recipe, layer: int) -> CacheShape | None:
-    """The cache of a layer with its formats; None where a recipe does not pack both keys and values."""
+def packed_shape(shape: CacheShape, recipe: Recipe, layer: int, by_token: bool = False) -> CacheShape | None:
+    """The cache of a layer with its formats; None where a recipe does not pack both keys and values.
+
+    by_token: whether keys are packed as values are.
+    """
     formats: dict[str, Any] = {}
     for kind, D in (("key", shape.key_size), ("value", shape.value_size)):
         row = Row(f"{kind}_{layer}", "kv_update", "", None, shape.dtype, tokens=0)
@@ -186,9 +251,10 @@ def packed_shape(shape: CacheShape, recipe: Recipe, layer: int) -> CacheShape | 
         scheme = decision[1].scheme if decision is not None else None
         if not isinstance(scheme, KVCache):
             return None
-        if reason := scheme.refuse_head(D, kind == "key"):
+        keys = kind == "key" and not by_token
+        if reason := scheme.refuse_head(D, keys):
             raise InputError(f"{row.name} cannot be packed by {scheme}: {reason}; keep it by the rule {row.name}:none")
-        formats[f"{kind}_format"] = scheme.packed_format(kind == "key")
+        formats[f"{kind}_format"] = scheme.packed_format(keys)
     return replace(shape, **formats)
 
 

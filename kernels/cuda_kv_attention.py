@@ -109,6 +109,7 @@ def supports(case: Case) -> bool | str:
         (block is None or block % UNIT == 0, f"blocks of keys are no multiples of {UNIT} tokens"),
         (block is None or case.K % 32 == 0, "the head size is no multiple of 32, by channel"),
         (case.dtype in (torch.bfloat16, torch.float16), "takes bf16 and fp16 q only"),
+        (not case.sinks, "has no attention sinks"),
         (case.M is not None, "T is unknown"),
         (case.K == case.N, "keys and values have heads of different sizes"),
         (case.K % 16 == 0 and 0 < case.K <= 256, "the head size is no multiple of 16 up to 256"),

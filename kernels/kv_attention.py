@@ -7,6 +7,8 @@ only the newest `window` where window > 0, and of them only what mask allows:
     start [B] int64          None: 0
     mask                     bool (True: seen), or float, added to the scores; [B or 1, Hq or 1, T or 1, S], or None
     k_window, k_held         of keys by channel (`kv_cache.py`); None where each token is by itself, as values are
+    sinks [Hq] float         a score of each query head that all its tokens see besides, and that has no value (Xiao et
+                             al., Efficient streaming language models with attention sinks, 2023; GPT-OSS), or None
     scores = q · k * scale, then, where softcap > 0, softcap * tanh(scores / softcap)
 -> [B, Hq, T, Dv] in q's dtype: softmax(scores) · v, and zeros for a token that sees nothing. Positions that no token of
 a row sees change nothing, whatever they hold; NaN at one that some see may reach all tokens of that row.
@@ -28,20 +30,23 @@ MANY_SCORES = 1 << 25  # elsewhere what keeps a GPU busy, 134 MB in fp32, of whi
 
 kv_attention = CacheOp(
     "kv_attention(Tensor q, Tensor k, Tensor k_scales, Tensor v, Tensor v_scales, Tensor positions, Tensor? start, "
-    "Tensor? mask, float scale, float softcap, int window, Tensor? k_window=None, Tensor? k_held=None) -> Tensor"
+    "Tensor? mask, float scale, float softcap, int window, Tensor? k_window=None, Tensor? k_held=None, "
+    "Tensor? sinks=None) -> Tensor"
 )
 
 
 @kv_attention.fake
-def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None):
+def _(
+    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None, sinks=None
+):
     seen = positions, start, mask, scale, softcap, window
-    case = kv_attention.case_of(q, k, k_scales, v, v_scales, *seen, k_window, k_held)
+    case = kv_attention.case_of(q, k, k_scales, v, v_scales, *seen, k_window, k_held, sinks)
     return q.new_empty(*q.shape[:3], case.N)
 
 
 @kv_attention.case
 def _(
-    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None
+    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None, sinks=None
 ) -> CacheCase:
     keys, D = kv_attention.fit(k, k_scales, k_window, k_held)
     values, of_values = kv_attention.fit(v, v_scales)
@@ -58,9 +63,12 @@ def _(
     if mask is not None:
         shapes = [(rows, heads, tokens, S) for tokens in (T, 1) for rows in (B, 1) for heads in (Hq, 1)]
         check("mask", mask, device, (torch.bool, *FLOATS), *shapes)
+    if sinks is not None:
+        check("sinks", sinks, device, FLOATS, (Hq,))
     return CacheCase(
         device.type, q.dtype, T, of_values, D, None, capability(device), rows=B, heads=H, queries=Hq // H, length=S,
         keys=keys, values=values, softcap=softcap > 0, mask=mask.dtype if mask is not None else None,
+        sinks=sinks is not None,
     )  # fmt: skip
 
 
@@ -158,20 +166,33 @@ def product(weights: Tensor, values: Tensor) -> Tensor:
     return (weights.flatten(2, 3) @ values).unflatten(2, weights.shape[2:4])
 
 
+def sink_scores(sinks: Tensor, like: Tensor) -> Tensor:
+    """[B, H, G, T, 1] of sinks [Hq], as `like` [B, H, G, T, n] is."""
+    B, H, G, T, _ = like.shape
+    return sinks.to(like.dtype).view(H, G, 1, 1).expand(B, H, G, T, 1)
+
+
 @kv_attention.reference
-def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None):
+def _(
+    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None, sinks=None
+):
     H, S = v.shape[1:3]
     sight = Sight.of(positions, start, mask, window, H)
     seen = sight.seen(slice(0, S))
     keys = Keys(k, k_scales, k_window, k_held).dequantize(slice(0, S), torch.float64)
     scores = scores_of(q.double().unflatten(1, (H, -1)), keys, seen, sight.mask, scale, softcap)
-    weights = scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
+    if sinks is not None:
+        scores = torch.cat([scores, sink_scores(sinks, scores)], -1)
+    weights = scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)[..., :S]
     return product(weights, values_of(v, v_scales, seen, torch.float64)).flatten(1, 2).to(q.dtype)
 
 
 @kv_attention.implementation("cuda", supports=cuda_kv_attention.supports)
-def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None):
+def _(
+    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None, sinks=None
+):
     arguments = q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window, k_held
+    assert sinks is None
     return cuda_kv_attention.attention(*arguments, kv_attention.known_case(*arguments))
 
 
@@ -195,7 +216,9 @@ def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, windo
 
 
 @kv_attention.implementation("blocks", supports=lambda case: True, standalone=True)
-def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None):
+def _(
+    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None, sinks=None
+):
     """In fp32, a block of tokens at a time, and for it blocks of positions; in a graph all tokens: T is symbolic."""
     (B, Hq, T, _), (H, S) = q.shape, v.shape[1:3]
     q, sight = q.unflatten(1, (H, -1)), Sight.of(positions, start, mask, window, H)
@@ -208,17 +231,20 @@ def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, windo
     for part in parts:
         tokens = sight.tokens(part)
         span = tokens.span(S)
-        y.append(online(q[:, :, :, part].float(), keys, v, v_scales, tokens, span, scale, softcap).to(q.dtype))
+        y.append(online(q[:, :, :, part].float(), keys, v, v_scales, tokens, span, scale, softcap, sinks).to(q.dtype))
     return torch.cat(y, 3).flatten(1, 2)
 
 
-def online(q, keys, v, v_scales, sight, span, scale, softcap):
+def online(q, keys, v, v_scales, sight, span, scale, softcap, sinks):
     """[B, H, G, T, Dv] fp32 of q [B, H, G, T, D] fp32, over a span of positions, with a running maximum and sum.
 
     Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
     """
     most = q.new_full((*q.shape[:4], 1), -torch.inf)
-    total, y = torch.zeros_like(most), q.new_zeros(*q.shape[:4], kv_attention.fit(v, v_scales)[1])
+    total = torch.zeros_like(most)
+    if sinks is not None:
+        most, total = sink_scores(sinks, q), torch.ones_like(most)  # what was seen before all blocks; it has no value
+    y = q.new_zeros(*q.shape[:4], kv_attention.fit(v, v_scales)[1])
     size = max(BLOCK, -(-len(span) // BLOCKS_IN_GRAPH)) if torch.compiler.is_exporting() else BLOCK
     size = -(-size // keys.block) * keys.block
     for first in range(span.start // keys.block * keys.block, span.stop, size):

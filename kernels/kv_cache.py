@@ -165,7 +165,7 @@ class CacheCase(Case):
 
     Of a `Case`: dtype: of what is new, or of q; M: T, tokens of each row; K: the head size of keys, N: of values, the
     same where there is one cache. heads: KV heads H; queries: query heads of each; length: S; keys, values: the
-    formats, with group sizes as numbers; softcap: whether there is one; mask: its dtype, None where there is none.
+    formats, with group sizes as numbers; softcap, sinks: whether there are; mask: its dtype, None where there is none.
     """
 
     rows: int = 1
@@ -176,6 +176,7 @@ class CacheCase(Case):
     values: KVFormat = INT8
     softcap: bool = False
     mask: torch.dtype | None = None
+    sinks: bool = False
 
 
 class CacheOp(Op):

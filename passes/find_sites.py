@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from ..expression import Expression
 from ..kernels.kv_update import kv_update
 from ..kernels.op import capability
+from ..patterns.cache import memory
 from ..patterns.language import Miss, arguments, constant, match, packet, written
 from ..patterns.linear import LINEAR, MATMULS, underlying, weight_operands
 from ..predicate import Shape
@@ -147,8 +148,8 @@ def caches(program: Program) -> Iterator[CacheSite]:
 
     One that came packed has a format; its row compares it with a cache in the dtype of its tokens.
     """
-    updates = {node.args[0]: node for node in program.graph.nodes if node.target is kv_update.overload}
-    parts = {part for node in updates.values() for part in (node.args[1], *node.args[4:])}
+    updates = {memory(node.args[0]): node for node in program.graph.nodes if node.target is kv_update.overload}
+    parts = {memory(part) for node in updates.values() for part in (node.args[1], *node.args[4:])}
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op not in ("get_attr", "placeholder") or not isinstance(value, torch.Tensor) or value.ndim < 3:

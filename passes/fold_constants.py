@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..expression import Expression
 from ..patterns.language import constant, packet, views_of
@@ -48,5 +49,5 @@ def identity(tensor):
 
 def foldable(node: Node) -> bool:
     """A call on constants that computes something, with a small tensor as its result."""
-    small = hasattr(node.meta.get("val"), "dtype") and nbytes(node.meta["val"]) <= LARGEST
+    small = hasattr(node.meta.get("val"), "dtype") and statically_known_true(nbytes(node.meta["val"]) <= LARGEST)
     return small and node.op == "call_function" and constant(node) and packet(node.target) not in VIEWS

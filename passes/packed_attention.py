@@ -14,8 +14,8 @@ from torch.fx import Node
 
 from ..kernels.kv_dequantize import kv_dequantize
 from ..kernels.kv_update import kv_update
-from ..patterns.cache import ATTENTIONS
-from ..patterns.language import Match, Miss, match, mutates, packet
+from ..patterns.cache import ATTENTIONS, may_attend, memory
+from ..patterns.language import Match, Miss, match, mutates
 from ..program import Program
 from ..report import NEAR_MISS, REWRITTEN
 from ..schemes import preset_of
@@ -33,7 +33,7 @@ class PackedAttention(Pass):
 
     def run(self, program: Program, context) -> int:
         caches = {cache.node: cache for cache in program.caches if cache.format is not None}
-        whole = {node: node.args[0] for node in program.graph.nodes if node.target is kv_dequantize.overload}
+        whole = {node: memory(node.args[0]) for node in program.graph.nodes if node.target is kv_dequantize.overload}
         order = {node: i for i, node in enumerate(program.graph.nodes)}
         found, misses = attentions(program, whole)
         ran: dict[Node, tuple[str, str]] = {}
@@ -51,6 +51,8 @@ class PackedAttention(Pass):
                 row.outcome = NEAR_MISS
                 row.notes.append(f"{unknown(user, node, misses)}: it is unpacked as a whole at each call")
                 ran.pop(codes, None)
+        for codes in caches.keys() - set(whole.values()):
+            caches[codes].row.notes.append("attention reads the new tokens as they are, and not the cache")
         for codes in ran.keys() & caches.keys():
             row = caches[codes].row
             row.outcome, row.scheme = REWRITTEN, preset_of(caches[codes].format)
@@ -64,7 +66,7 @@ def attentions(program: Program, whole: dict[Node, Node]) -> tuple[list[Match], 
     found, misses = [], {}
     for node in program.graph.nodes:
         for pattern in ATTENTIONS:
-            if packet(node.target) is pattern.target:
+            if may_attend(pattern, node):
                 m = match(pattern, node)
                 if isinstance(m, Match) and m.key in whole and m.value in whole and len(m.value.args) == 3:
                     found.append(m)

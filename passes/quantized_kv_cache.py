@@ -19,7 +19,7 @@ from ..expression import Expression
 from ..kernels.kv_attention import kv_attention
 from ..kernels.kv_cache import FLOATS
 from ..kernels.kv_update import kv_update
-from ..patterns.cache import ATTENTIONS, UPDATES, Update, limits, memory, scale_of, softcap_of
+from ..patterns.cache import ATTENTIONS, UPDATES, Update, may_attend, memory, scale_of, seen, sinks_of, softcap_of
 from ..patterns.language import Builder, Match, Miss, match, mutates, packet, propagate, views_of
 from ..program import CacheSite, Program, expression, hint, nbytes
 from ..report import NEAR_MISS, REWRITTEN, SKIPPED
@@ -47,7 +47,10 @@ class Uses:
 
     @property
     def nodes(self) -> set[Node]:
-        return {node for _, m in self.updates for node in m.nodes} | {n for m in self.attentions for n in m.nodes}
+        """All that the patterns know, and the sizes that nothing else asks for."""
+        found = {node for _, m in self.updates for node in m.nodes} | {n for m in self.attentions for n in m.nodes}
+        asked = {user for node in found for user in node.users if packet(user.target) is aten.sym_size}
+        return found | {each for each in asked if each.users.keys() <= found}
 
 
 class QuantizedKVCache(Pass):
@@ -108,7 +111,7 @@ def uses_of(program: Program, sites: dict[Node, CacheSite]) -> tuple[dict[Node, 
                     break
                 keep_nearest(misses, node, found)
         for pattern in ATTENTIONS:
-            if packet(node.target) is pattern.target:
+            if may_attend(pattern, node):
                 found = match(pattern, node)
                 if isinstance(found, Match):
                     for cache in {found.key, found.value} & uses.keys():
@@ -238,13 +241,17 @@ def attend(
     stored: the positions that were written last, if nothing behind the last of them is ever seen.
     """
     g, old = Builder(found.root), found.root
-    positions, mask = limits(found, g)
+    sight = seen(found, g)
+    positions, mask = sight.positions, sight.mask
     if stored is not None and mask is not None:
         positions = g.call(aten.minimum.default, positions, g.call(aten.select.int, stored, -1, -1))
     scale, softcap = scale_of(found), softcap_of(found)
     codes, scales, *window = keys
-    seen = positions, None, mask, scale, softcap, 0
-    new = g.call(kv_attention.overload, found.q, codes, scales, *values, *seen, *window)
+    told = positions, sight.start, mask, scale, softcap, sight.window
+    sinks = sinks_of(found, g)
+    if sinks is not None:
+        window = [*window, *[None] * (2 - len(window)), sinks]
+    new = g.call(kv_attention.overload, found.q, codes, scales, *values, *told, *window)
     old.replace_all_uses_with(new)
     relay(new)
     case = kv_attention.case_of(*(each.meta["val"] if isinstance(each, Node) else each for each in new.args))

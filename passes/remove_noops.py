@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from ..patterns.language import Any, Builder, Match, P, Rule, mutates, packet, rewrite, written
+from ..patterns.language import Any, Builder, Match, P, Rule, mutates, packet, rewrite, views_of, written
 from ..program import Program
 from .base import Pass, Stage
 
@@ -88,15 +88,57 @@ class RemoveNoops(Pass):
 
 
 def erase_dead(program: Program) -> int:
-    """Erases calls and weights that nothing uses, weights of packed linears only from the graph; writes stay."""
+    """Erases calls and weights that nothing uses, weights of packed linears only from the graph; writes stay, but for
+    those to what nothing else uses, and so do levels of vmap, but for those in which nothing is left."""
     erased, packed = 0, {name for pack in program.packs.values() for name in pack.weight.leaves}
     for node in reversed(list(program.graph.nodes)):
         impure = (
-            node.op in ("placeholder", "output") or mutates(node) or (node.op == "call_function" and node.is_impure())
+            node.op in ("placeholder", "output")
+            or writes(node)
+            or of_vmap(node)
+            or (node.op == "call_function" and not mutates(node) and node.is_impure())
         )
         if not node.users and not impure:
             program.graph.erase_node(node)
             erased += 1
             if node.op == "get_attr" and node.target not in packed:
                 program.constants.pop(node.target, None)
+    return erased + erase_levels(program)
+
+
+def writes(node: Node) -> bool:
+    """Whether a node writes what is not its own: a new tensor that nothing reads later is."""
+    return not all(
+        isinstance(each.target, torch._ops.OpOverload)
+        and all(user <= node for user in each.users)
+        and views_of(each) in ([], [node])
+        and not mutates(each)
+        and not any(each in views_of(source) for source in each.all_input_nodes)
+        for each in mutates(node)
+    )
+
+
+def of_vmap(node: Node) -> bool:
+    """Whether a node begins or ends a level of vmap, as torch.export has them in its graphs."""
+    return getattr(node.target, "__name__", None) in ("_vmap_increment_nesting", "_vmap_decrement_nesting")
+
+
+def erase_levels(program: Program) -> int:
+    """Erases the beginnings and ends of those levels of vmap in which no tensor is batched any more."""
+    open_levels: list[tuple[Node, list[Node]]] = []
+    erased = 0
+    for node in list(program.graph.nodes):
+        if of_vmap(node) and node.target.__name__ == "_vmap_increment_nesting":
+            open_levels.append((node, []))
+        elif of_vmap(node) and open_levels:
+            start, batched = open_levels.pop()
+            if batched:
+                for level in open_levels[-1:]:
+                    level[1].extend(batched)
+            else:
+                program.graph.erase_node(node)
+                program.graph.erase_node(start)
+                erased += 2
+        elif open_levels and getattr(node.target, "__module__", None) == "torch._functorch.predispatch":
+            open_levels[-1][1].append(node)
     return erased

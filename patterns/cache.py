@@ -8,12 +8,15 @@ A cache is a tensor [B, H, S, D] that the graph writes: B rows, H heads, S posit
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .flex import Sum, bounds, computed, flex, flex_attention, softcap
 from .language import Any, Builder, Either, Match, P, arguments, mutates, packet, stays
 
 aten = torch.ops.aten
@@ -29,7 +32,7 @@ Size = "int | Node"
 def memory(value: object) -> Node | None:
     """The buffer or input that a node is the whole of: it, or what operators that wrote it in place returned; or what
     a packed cache was unpacked to."""
-    while isinstance(value, Node) and value.op == "call_function" and mutates(value) == [arguments(value)[0]]:
+    while isinstance(value, Node) and value.op == "call_function" and mutates(value) == arguments(value)[:1] != []:
         value = arguments(value)[0]
     known = isinstance(value, Node) and (value.op in ("get_attr", "placeholder") or unpacks(value))
     return value if known else None
@@ -233,8 +236,28 @@ def swaps_last_two(m: Match) -> bool | str:
     return {m.one % 4, m.other % 4} == {2, 3} or "keys are transposed otherwise than [B, H, D, S]"
 
 
-def last_dimension(m: Match) -> bool | str:
-    return m.softmax_dim in (3, -1) or f"the softmax is over dimension {m.softmax_dim}"
+def along(name: str) -> Callable[[Match], bool | str]:
+    """Whether what a softmax consists of is along positions."""
+
+    def guard(m: Match) -> bool | str:
+        dim = m.bindings[name]
+        return dim in (3, -1) or f"{name.replace('_dim', '')} is over dimension {dim}, not over positions"
+
+    return guard
+
+
+def sinks_fit(m: Match) -> bool | str:
+    """Whether what is concatenated to the scores is a logit for each query head."""
+    if m.sinks_dim not in (3, -1) or not isinstance(m.sinks, Node) or len(sizes(m.sinks)) != 4:
+        return f"{m.sinks} is concatenated to its scores along dimension {m.sinks_dim}"
+    base, dims = behind(m.sinks, [0, 1, 2, 3])
+    one = sizes(m.sinks)[3] == "1" and [dims[0], *dims[2:]] == [None] * 3 and m.sinks.meta["val"].dtype in FLOATS
+    return (one and stays(base)) or f"its sinks [{', '.join(sizes(m.sinks))}] are no logit for each query head"
+
+
+def without_sinks(m: Match) -> bool | str:
+    whole = str(m.until) == "-1" or (isinstance(m.until, int) and str(m.until) == sizes(read(m))[2])
+    return (m.of in (3, -1) and whole) or f"of its probabilities with sinks {m.of}, :{m.until} is taken"
 
 
 def same_softcap(m: Match) -> bool | str:
@@ -270,7 +293,7 @@ def heads_repeated(name: str) -> Callable[[Match], bool | str]:
     def guard(m: Match) -> bool | str:
         if f"{name}_heads" not in m.bindings:
             return True
-        repeated, (B, H, S, D) = m.bindings[f"{name}_heads"].meta["val"], sizes(m.bindings[name])
+        repeated, (B, H, S, D) = m.bindings[f"{name}_heads"].meta["val"], sizes(read(m, name))
         heads = repeated.shape[1] if repeated.ndim == 4 else None
         same = heads is not None and [str(s) for s in repeated.shape] == [B, str(heads), S, D]
         whole = same and isinstance(heads, int) and H.isdecimal() and heads % int(H) == 0
@@ -279,9 +302,48 @@ def heads_repeated(name: str) -> Callable[[Match], bool | str]:
     return guard
 
 
+def read(m: Match, name: str = "key") -> Node:
+    """What of a cache is read: the cache, or its first positions."""
+    return m.bindings.get(f"{name}_read", m.bindings[name])
+
+
+def lengths(m: Match) -> set[str]:
+    """What stands for the number of positions that are read: of a part, its size, or that up to which it was taken."""
+    end = m.bindings.get("key_end")
+    return {sizes(read(m))[2], *([str(end.meta["val"])] if isinstance(end, Node) else [])}
+
+
+def first_positions(name: str) -> Callable[[Match], bool | str]:
+    def guard(m: Match) -> bool | str:
+        dim, start, end = (m.bindings[f"{name}_{what}"] for what in ("dim", "start", "end"))
+        if dim not in (2, -2):
+            return f"a part of its {name}s is read, along dimension {dim}"
+        if start not in (0, None):
+            return f"a part of its {name}s is read, from position {start} on, not from the first"
+        last = end.meta["val"] if isinstance(end, Node) else end
+        static = isinstance(m.bindings[name].meta["val"].shape[2], int)
+        known = (isinstance(last, int) and (last >= 0 or static)) or (
+            isinstance(last, torch.SymInt) and statically_known_true(last >= 0)
+        )
+        return known or f"a part of its {name}s is read, up to {end}, which may be counted from the back"
+
+    return guard
+
+
+def first_of(name: str) -> Either:
+    """A cache, or its first positions."""
+    whole, of, end = Cache(name), Any(f"{name}_dim"), Any(f"{name}_end")
+    known = dict(where=first_positions(name), name=f"{name}_read")
+    return Either(
+        whole,
+        P(aten.slice, whole, of, Any(f"{name}_start"), end, **known),
+        P(aten.narrow, whole, of, Any(f"{name}_start"), end, **known),
+    )
+
+
 def repeated(name: str) -> Either:
-    """A cache, its heads repeated for groups of query heads or not."""
-    whole = Cache(name)
+    """A cache or its first positions, its heads repeated for groups of query heads or not."""
+    whole = first_of(name)
     groups = P(aten.expand, Either(P(aten.unsqueeze, whole, 2), P(aten.unsqueeze, whole, -3)), Any(), Any())
     groups = Either(groups, P(aten.clone, groups, Any()), P(aten.contiguous, groups, Any()))
     return Either(
@@ -297,8 +359,11 @@ def heads_fit(m: Match) -> bool | str:
     q, key, value = (each.meta["val"] for each in (m.q, m.key, m.value))
     if q.ndim != 4 or sizes(m.q)[0] != sizes(m.key)[0] or sizes(m.q)[3] != sizes(m.key)[3]:
         return f"queries are [{', '.join(sizes(m.q))}], the cache [{', '.join(sizes(m.key))}]"
-    if sizes(m.key)[:3] != sizes(m.value)[:3]:
-        return f"keys are [{', '.join(sizes(m.key))}], values [{', '.join(sizes(m.value))}]"
+    same = sizes(read(m))[2] == sizes(read(m, "value"))[2] or m.bindings.get("key_end", 0) is m.bindings.get(
+        "value_end"
+    )
+    if sizes(m.key)[:3] != sizes(m.value)[:3] or not same:
+        return f"keys are [{', '.join(sizes(read(m)))}], values [{', '.join(sizes(read(m, 'value')))}]"
     numbers = isinstance(q.shape[1], int) and isinstance(key.shape[1], int)
     if not numbers or q.shape[1] % key.shape[1]:
         return f"{q.shape[1]} query heads are no multiple of {key.shape[1]}"
@@ -313,9 +378,10 @@ def mask_fits(m: Match) -> bool | str:
         return True
     if not isinstance(given, Node):
         return f"{given} is no mask"
-    expected = [sizes(m.q)[0], sizes(m.q)[1], sizes(m.q)[2], sizes(m.key)[2]]
+    expected = [sizes(m.q)[0], sizes(m.q)[1], sizes(m.q)[2], sizes(read(m))[2]]
     found = sizes(given)
-    fits = len(found) <= 4 and all(s in ("1", e) for s, e in zip(reversed(found), reversed(expected), strict=False))
+    known = [*({"1", e} for e in expected[:3]), {"1"} | lengths(m)]
+    fits = len(found) <= 4 and all(s in e for s, e in zip(reversed(found), reversed(known), strict=False))
     dtype = given.meta["val"].dtype
     usual = dtype == torch.bool or (dtype in FLOATS and "mask" in m.bindings)
     return (fits and usual) or f"its mask is {dtype} [{', '.join(found)}], not [{', '.join(expected)}]"
@@ -347,7 +413,17 @@ masked = Either(
     P(aten.where.self, mask, wide, fill, where=hides),
     wide,
 )
-softmax = P(aten.softmax.int, masked, Any("softmax_dim"), Any(), where=last_dimension)
+joined = P(aten.cat, [masked, Any("sinks")], Any("sinks_dim"), where=sinks_fit, name="joined")
+largest = Either(
+    P(operator.getitem, P(aten.max.dim, joined, Any("largest_dim"), True, where=along("largest_dim")), 0),
+    P(aten.amax, joined, [Any("largest_dim")], True, where=along("largest_dim")),
+)
+with_sinks = Either(P(aten.sub.Tensor, joined, largest), joined)
+softmax = Either(
+    P(aten.slice, P(aten.softmax.int, with_sinks, Any("softmax_dim"), Any(), where=along("softmax_dim")), Any("of"),
+      Either(0, None), Any("until"), where=without_sinks),
+    P(aten.softmax.int, masked, Any("softmax_dim"), Any(), where=along("softmax_dim")),
+)  # fmt: skip
 probabilities = Either(P(aten.to.dtype, softmax, Any()), P(aten.type_as, softmax, Any()), softmax)
 guards = (heads_repeated("key"), heads_repeated("value"), heads_fit, mask_fits)
 
@@ -355,7 +431,15 @@ ATTENTIONS = [
     P(aten.scaled_dot_product_attention, q, key, value, mask, 0.0, Any("causal"), Any("factor"), Any("gqa"), where=(
         numbers("factor"), *guards)),
     P(aten.matmul, probabilities, value, where=guards),
+    flex(q, key, value, numbers("factor"), *guards),
 ]  # fmt: skip
+
+
+def may_attend(pattern: P, node: Node) -> bool:
+    """Whether a node is the operator that an attention ends in."""
+    if pattern.target is operator.getitem:
+        return node.target is operator.getitem and node.args[0].target is flex_attention
+    return packet(node.target) is pattern.target
 
 
 def scale_of(m: Match) -> float:
@@ -369,7 +453,20 @@ def scale_of(m: Match) -> float:
 
 def softcap_of(m: Match) -> float:
     """0 where there is none."""
+    if "score_mod" in m.bindings:
+        found = softcap(m.score_mod)
+        assert isinstance(found, float)
+        return found
     return float(m.bindings.get("cap", 0))
+
+
+def sinks_of(m: Match, g: Builder) -> Node | None:
+    """[Hq]: a logit for each query head that takes part in the softmax alone."""
+    if "sinks" not in m.bindings:
+        return None
+    base, dims = behind(m.sinks, [0, 1, 2, 3])
+    found = arranged(g, base, [dims[1]])
+    return found if sizes(found) == sizes(m.q)[1:2] else g.call(aten.expand.default, found, [m.q.meta["val"].shape[1]])
 
 
 # --- masks -------------------------------------------------------------------------------------------------
@@ -490,6 +587,32 @@ def arranged(g: Builder, node: Node, dims: Dims) -> Node:
     return node
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What tokens see, as `kv_attention` takes it."""
+
+    positions: Node
+    start: Node | None = None
+    mask: Node | None = None
+    window: int = 0
+
+
+def seen(m: Match, g: Builder) -> Seen:
+    if "block_mask" not in m.bindings:
+        positions, mask = limits(m, g)
+        return Seen(positions, mask=mask)
+    known = bounds(m.block_mask[-1])
+    B, T, S = size(g, m.q, 0), size(g, m.q, 2), m.key.meta["val"].shape[2]
+    of = list(m.mask_inputs), B, T, m.key.meta["val"].device
+    last = Sum(S - 1) if known.last is None else known.last
+    positions = g.call(aten.expand.default, within(g, computed(last, g, *of), m), [B, T])
+    start = None
+    if known.first is not None:
+        start = g.call(aten.select.int, computed(known.first, g, *of), 1, 0)
+        start = g.call(aten.expand.default, start, [B])
+    return Seen(positions, start, None, known.window)
+
+
 def limits(m: Match, g: Builder) -> tuple[Node, Node | None]:
     """positions [B, T] int64, up to which each token sees, and the mask [B or 1, Hq or 1, T or 1, S] that is left.
 
@@ -504,7 +627,7 @@ def limits(m: Match, g: Builder) -> tuple[Node, Node | None]:
         rank = len(sizes(given))
         whole = [None if i < 4 - rank or sizes(given)[i - 4 + rank] == "1" else i - 4 + rank for i in range(4)]
         found = list(parts(given, whole, negated))
-        far = next((h for part in found if (h := horizon(part, str(S))) is not None), None)
+        far = next((h for part in found for n in lengths(m) if (h := horizon(part, n)) is not None), None)
         if far is not None and all(stays(part.node) for part in found):
             at = Builder(far.part.node)  # where it is compared: it may be written before the attention
             positions = arranged(at, far.node, far.dims)
@@ -518,7 +641,7 @@ def limits(m: Match, g: Builder) -> tuple[Node, Node | None]:
                     each = arranged(g, part.node, part.dims)
                     each = g.call(aten.logical_not.default, each) if part.negated else each
                     left = each if left is None else g.call(aten.logical_and.default, left, each)
-            return g.call(aten.expand.default, positions, [B, T]), spread(g, left, m)
+            return g.call(aten.expand.default, within(g, positions, m), [B, T]), spread(g, left, m)
     causal = m.bindings.get("causal") is True
     positions = (
         g.call(aten.arange.default, T, dtype=torch.int64, device=device)
@@ -529,12 +652,29 @@ def limits(m: Match, g: Builder) -> tuple[Node, Node | None]:
         given = g.call(aten.unsqueeze.default, given, 0)
     if negated:
         given = g.call(aten.logical_not.default, given)
-    return g.call(aten.expand.default, positions, [B, T]), spread(g, given, m)
+    return g.call(aten.expand.default, within(g, positions, m), [B, T]), spread(g, given, m)
+
+
+def within(g: Builder, positions: Node, m: Match) -> Node:
+    """Positions of which none is behind what is read of a cache."""
+    if read(m) is m.key:
+        return positions
+    end = m.key_end
+    if isinstance(end, Node):
+        last = g.call(operator.sub, end, 1)
+    else:
+        last = end - 1 if end >= 0 else end - 1 + m.key.meta["val"].shape[2]
+    return g.call(aten.clamp.default, positions, None, last)
 
 
 def spread(g: Builder, mask: Node | None, m: Match) -> Node | None:
-    """A mask with all of the S positions; where it is the same for all tokens it stays one for all."""
-    wanted = sizes(m.key)[2]
-    if mask is None or sizes(mask)[3] == wanted:
+    """A mask with all of the S positions, whatever it says of those that are not read; where it is the same for all
+    tokens it stays one for all."""
+    if mask is None or sizes(mask)[3] == sizes(m.key)[2]:
         return mask
-    return g.call(aten.expand.default, mask, [-1, -1, -1, m.key.meta["val"].shape[2]])
+    S = m.key.meta["val"].shape[2]
+    if read(m) is not m.key and sizes(mask)[3] != "1":
+        known = size(g, mask, 3)
+        room = S - known if isinstance(known, int) else g.call(operator.sub, S, known)
+        return g.call(aten.constant_pad_nd.default, mask, [0, room], 0)
+    return g.call(aten.expand.default, mask, [-1, -1, -1, S])

@@ -207,6 +207,7 @@ def test_what_is_supported_fits(form, D, there):
         ({"keys": KVFormat("int4", 4, 32), "values": KVFormat("int4", 4, 64)}, "differ"),
         ({"length": 30}, "multiple of 4"),
         ({"mask": torch.float16}, "another dtype"),
+        ({"sinks": True}, "no attention sinks"),
     ],
 )
 def test_what_is_not_supported_has_a_reason(change, reason, there):

@@ -29,7 +29,9 @@ def caches(form, B, H, S, D, Dv=None, values=None):
     return *form.quantize(torch.randn(B, H, S, D)), *values.quantize(torch.randn(B, H, S, Dv or D) + 0.3)
 
 
-def expected_of(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, held=None):
+def expected_of(
+    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, held=None, sinks=None
+):
     """One token at a time, in float64, over nothing but the positions that it sees."""
     keys, values = op.format_of(k, k_scales, k_window), op.format_of(v, v_scales)
     (B, Hq, T, _), (_, H, S, _) = q.shape, v.shape
@@ -54,7 +56,9 @@ def expected_of(q, k, k_scales, v, v_scales, positions, start, mask, scale, soft
             group = h // (Hq // H)
             scores = k[b, group, places] @ q[b, h, t].double() * scale
             scores = (torch.tanh(scores / softcap) * softcap if softcap else scores) + bias
-            y[b, h, t] = scores.softmax(0).nan_to_num(0) @ v[b, group, places]
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[h, None].double()])
+            y[b, h, t] = scores.softmax(0).nan_to_num(0)[: len(places)] @ v[b, group, places]
     return y
 
 
@@ -122,6 +126,31 @@ def test_masks(dtype, rows, heads, tokens):
     q = torch.randn(B, Hq, T, D)
     for positions in (torch.full((B, T), S - 1), torch.randint(-1, S, (B, T))):
         check(q, *caches(INT8, B, H, S, D), positions, torch.tensor([0, 5]), mask, 0.2, 0.0, 25)
+
+
+@each
+@floats
+@pytest.mark.parametrize("sinks", [torch.float32, torch.bfloat16])
+def test_sinks(form, dtype, sinks):
+    """As large as scores, far above and far below them, none at all; tokens that see nothing are zeros."""
+    B, H, S, D, T = 3, 2, 40, 32, 3
+    logits = torch.tensor([0.5, 3.0, 200.0, -200.0, -math.inf, 0.0]).to(sinks)
+    positions = torch.tensor([[3, 4, 5], [18, 25, 20], [38, -1, 32]])
+    q = torch.randn(B, 3 * H, T, D).to(dtype)
+    mask = torch.rand(B, 1, T, S) < 0.5
+    for start, seen, softcap, window in ((None, None, 0.0, 0), (torch.tensor([0, 17, 33]), mask, 2.0, 9)):
+        tensors = caches(form, B, H, S, D)
+        check(q, *tensors, positions, start, seen, 0.3, softcap, window, None, None, logits)
+    by_head, held = by_channel(B, H, S, D, [0, 3, 4])
+    check(q, *by_head, positions, None, None, 0.3, 0.0, 0, *held, logits)
+
+
+def test_nan_in_a_sink_comes_out_in_its_head():
+    positions, sinks = torch.tensor([[20]]), torch.tensor([0.0, math.nan, 1.0, 2.0])
+    for name in ("reference", "blocks"):
+        arguments = torch.randn(1, 4, 1, 32), *caches(INT8, 1, 2, 40, 32), positions, None, None, 0.3, 0.0, 0
+        y = op.run(*arguments, None, None, sinks, implementation=name)
+        assert y.isnan().all(-1).flatten().tolist() == [False, True, False, False]
 
 
 def test_the_meaning_is_that_of_scaled_dot_product_attention():
@@ -200,7 +229,7 @@ def test_arguments_that_do_not_fit():
     q, positions = torch.randn(B, 4, 3, D), torch.zeros(B, 3, dtype=torch.int64)
     good = {
         "q": q, "k": k, "k_scales": k_scales, "v": v, "v_scales": v_scales, "positions": positions, "start": None,
-        "mask": None, "scale": 0.1, "softcap": 0.0, "window": 0,
+        "mask": None, "scale": 0.1, "softcap": 0.0, "window": 0, "k_window": None, "k_held": None, "sinks": None,
     }  # fmt: skip
     op(*good.values())
     for change, message in (
@@ -212,6 +241,7 @@ def test_arguments_that_do_not_fit():
         ({"start": positions}, r"start is .*\[2, 3\] on cpu; expected torch.int64 \[2\]"),
         ({"mask": torch.zeros(3, S)}, r"mask is .*\[3, 8\] on cpu; expected .*\[2, 4, 3, 8\] or \[2, 1, 3, 8\]"),
         ({"mask": torch.zeros(B, 1, 3, S, dtype=torch.int32)}, "mask is torch.int32"),
+        ({"sinks": torch.zeros(2)}, r"sinks is .*\[2\] on cpu; expected .*\[4\]"),
     ):
         with pytest.raises(ValueError, match=f"kv_attention: {message}"):
             op(*(good | change).values())

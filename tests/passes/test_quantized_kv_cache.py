@@ -90,6 +90,25 @@ MASKED = {
     "where": lambda scores, mask: torch.where(mask, scores, -torch.inf),
     "added": added,
 }
+SHIFTS = {
+    "as they are": lambda logits: logits,
+    "without the largest": lambda logits: logits - logits.max(-1, keepdim=True).values,
+    "without amax": lambda logits: logits - logits.amax(-1, keepdim=True),
+}
+
+
+def with_sinks(shift):
+    """As eager attention of GPT-OSS in transformers."""
+
+    def attention(q, k, v, mask):
+        sinks = torch.linspace(-2, 3, q.shape[1]).reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+        scores = added(q @ k.transpose(2, 3) * q.shape[-1] ** -0.5, mask)
+        logits = shift(torch.cat([scores, sinks.to(q.dtype)], -1))
+        return F.dropout(logits.softmax(-1, logits.dtype)[..., :-1], 0.1, training=False).to(v.dtype) @ v
+
+    return attention
+
+
 ATTENTIONS = {
     "sdpa, enable_gqa": lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True),
     "sdpa, scale": grouped(lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask, scale=0.1), repeat_kv),
@@ -97,6 +116,7 @@ ATTENTIONS = {
     "sdpa, repeat_interleave": grouped(sdpa, lambda x, n: x.repeat_interleave(n, 1)),
     "softmax in fp32": grouped(by_softmax(MASKED["where"], dtype=torch.float32), repeat_kv),
     "softcap": grouped(by_softmax(MASKED["where"], softcap=2.0), repeat_kv),
+    **{f"sinks, {name}": grouped(with_sinks(shift), repeat_kv) for name, shift in SHIFTS.items()},
     **{f"softmax, {name}": grouped(by_softmax(masked), repeat_kv) for name, masked in MASKED.items()},
 }
 
@@ -268,6 +288,102 @@ def test_causal_attention_from_the_first_position_on():
         assert 0 < error(fast(*example), model(*example)) < 0.02
 
 
+# --- reads of the first positions --------------------------------------------------------------------------
+
+
+class Part(Attention):
+    """Reads the positions that are filled, as gpt-fast and nanoGPT do: `until(positions)` of them."""
+
+    def __init__(self, until, part=lambda cache, n: cache[:, :, :n], masked=True, **more):
+        super().__init__(**more, heads=4)
+        self.until, self.part, self.masked = until, part, masked
+
+    def forward(self, x, positions):
+        rows, tokens, _ = x.shape
+        q, k, v = (
+            f(x).view(rows, tokens, n, self.size).transpose(1, 2) for f, n in ((self.q, 4), (self.k, H), (self.v, H))
+        )
+        self.update(self.keys, k, positions)
+        self.update(self.values, v, positions)
+        n = self.until(x, positions)
+        keys, values = (self.part(cache, n) for cache in (self.keys, self.values))
+        mask = torch.arange(n) <= positions[:, None] if self.masked else None
+        return self.o(self.attention(q, keys, values, mask).transpose(1, 2).reshape(rows, tokens, -1))
+
+
+def newest(x, positions):
+    n = positions[-1].item() + 1
+    torch._check(n <= S)
+    return n
+
+
+def checked(x, positions):
+    n = newest(x, positions)
+    torch._check(n >= 0)
+    return n
+
+
+def constant(x, positions):
+    return 24
+
+
+def narrowed(cache, n):
+    return cache.narrow(2, 0, n)
+
+
+PARTS = {
+    "a constant": Part(constant, attention=ATTENTIONS["sdpa, repeat_kv"]),
+    "a constant, mask passed on": Part(constant, attention=ATTENTIONS["softmax, added"]),
+    "a constant, narrowed": Part(constant, narrowed, attention=ATTENTIONS["sdpa, enable_gqa"]),
+    "a number": Part(checked, attention=ATTENTIONS["softmax, where"]),
+    "a number, narrowed": Part(checked, narrowed, attention=ATTENTIONS["softmax, masked_fill"]),
+    "a number that nothing is known of": Part(newest, attention=ATTENTIONS["softmax, where"]),
+    "a number, with sinks": Part(checked, attention=ATTENTIONS["sinks, as they are"]),
+}
+
+
+@pytest.mark.parametrize("model", PARTS.values(), ids=PARTS.keys())
+def test_reads_of_the_first_positions(model):
+    check(model, prefill=5, tokens=10)
+
+
+def test_reads_of_the_first_positions_from_the_back_of_the_cache():
+    check(Part(constant, lambda cache, n: cache[:, :, : n - S], attention=ATTENTIONS["sdpa, enable_gqa"]), prefill=5)
+
+
+@pytest.mark.parametrize("recipe", ["kv8", "kv4"])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_what_is_not_read_stays_unseen_without_a_mask(tokens, recipe):
+    """nanoGPT, one token, and a text from its beginning: nothing but the part that is read says what is seen."""
+    torch.manual_seed(0)
+    model = Part(checked, masked=False, size=32, attention=grouped(by_softmax(lambda s, _: s), repeat_kv))
+    model.keys.normal_(), model.values.normal_()
+    example = texts(tokens), torch.arange(12 - tokens, 12)
+    fast = optimized(model, recipe, tokens)
+    assert all(row.outcome == "rewritten" for row in fast.report.caches), fast.report
+    with torch.no_grad():
+        assert 0 < error(fast(*example), model(*example)) < (0.02 if recipe == "kv8" else 0.2)
+
+
+class FromTheBeginning(Part):
+    """A text at once: as many positions as tokens, causal."""
+
+    def __init__(self):
+        super().__init__(lambda x, positions: x.shape[1], masked=False)
+        self.attention = lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def test_reads_of_as_many_positions_as_there_are_tokens():
+    model = FromTheBeginning()
+    fast = optimized(model, tokens=5)
+    assert all(row.outcome == "rewritten" for row in fast.report.caches), fast.report
+    with torch.no_grad():
+        for tokens in (5, 9):
+            example = texts(tokens), torch.arange(tokens)
+            assert 0 < error(fast(*example), model(*example)) < 0.02
+    assert len(fast._captures) == 1
+
+
 # --- masks -------------------------------------------------------------------------------------------------
 
 
@@ -367,10 +483,14 @@ class Flat(Attention):
         self.attention = lambda q, k, v, mask: sdpa(q, k[None], v[None], mask)
 
 
-def with_sinks(q, k, v, mask):
+def sinks_of_scores(q, k, v, mask):
     scores = (q @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
-    sinks = torch.zeros_like(scores[..., :1])
-    return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
+    return torch.cat([scores, scores[..., :1]], -1).softmax(-1)[..., :-1] @ v
+
+
+def without_the_first(q, k, v, mask):
+    scores = (q @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
+    return torch.cat([scores, torch.zeros(H, 1, 1).expand(B, -1, q.shape[2], -1)], -1).softmax(-1)[..., 1:] @ v
 
 
 def along_heads(cache, new, positions):
@@ -381,7 +501,8 @@ MISSES = {
     "read besides": (Read(), "read by sum"),
     "returned": (Returned(), "read by mul"),
     "written besides": (OtherWrite(), "written by mul_"),
-    "sinks": (Attention(attention=with_sinks), "calls aten.slice.Tensor, not aten.softmax"),
+    "sinks by token": (Attention(attention=sinks_of_scores), "are no logit for each query head"),
+    "a part of what has sinks": (Attention(attention=without_the_first), "argument 1 where None is needed"),
     "a head size": (Attention(size=24), "multiple of 16"),
     "a dtype": (Attention(dtype=torch.float64), "unsupported dtype torch.float64"),
     "three dimensions": (Flat(), "3 dimensions"),
@@ -391,7 +512,12 @@ MISSES = {
     "a small fill": (Attention(attention=by_softmax(lambda s, mask: s.masked_fill(~mask, -5.0))), "filled with -5"),
     "a softmax of tokens": (Attention(attention=lambda q, k, v, mask: (q @ k.mT).softmax(2) @ v), "over dimension 2"),
     "a part": (
-        Attention(attention=lambda q, k, v, mask: sdpa(q, k[:, :, :8], v[:, :, :8], mask[:, :8])), "read by slice"),
+        Attention(attention=lambda q, k, v, mask: sdpa(q, k[:, :, 8:], v[:, :, 8:], mask[:, 8:])), "position 8 on"),
+    "a part of heads": (
+        Attention(attention=lambda q, k, v, mask: F.scaled_dot_product_attention(
+            q, k[:, :1], v[:, :1], mask, enable_gqa=True)), "along dimension 1"),
+    "a part of the values": (
+        Attention(attention=lambda q, k, v, mask: sdpa(q, k[:, :, :8], v[:, :, :9], mask[:, :8])), "values [2, 2, 9,"),
 }  # fmt: skip
 
 
