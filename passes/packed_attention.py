@@ -52,7 +52,8 @@ class PackedAttention(Pass):
                 row.notes.append(f"{unknown(user, node, misses)}: it is unpacked as a whole at each call")
                 ran.pop(codes, None)
         for codes in caches.keys() - set(whole.values()):
-            caches[codes].row.notes.append("attention reads the new tokens as they are, and not the cache")
+            if caches[codes].row.outcome != REWRITTEN:  # by a rule, in this graph
+                caches[codes].row.notes.append("attention reads the new tokens as they are, and not the cache")
         for codes in ran.keys() & caches.keys():
             row = caches[codes].row
             row.outcome, row.scheme = REWRITTEN, preset_of(caches[codes].format)
