@@ -31,6 +31,7 @@ from .dynamo import DynamoGraph, from_dynamo
 from .errors import AographError, InputError, RecipeError
 from .frozen import Frozen
 from .kernels.kv_attention import kv_attention
+from .kernels.kv_cache import CacheCase
 from .kernels.op import ENDLESS, OPS
 from .passes import PASSES
 from .program import Program, expression, hint
@@ -246,6 +247,7 @@ def needed(program: Program) -> dict[str, Any]:
     for node in program.graph.find_nodes(op="call_function", target=kv_attention.overload):
         values = [each.meta["val"] if isinstance(each, Node) else each for each in node.args]
         case = kv_attention.case_of(*values)
+        assert isinstance(case, CacheCase)
         _, most = program.bounds(expression(values[0].shape[2]))
         case = dataclasses.replace(case, rows=hint(case.rows), length=hint(case.length), M=most or ENDLESS)
         if kv_attention.choose(case).name == "flash":
