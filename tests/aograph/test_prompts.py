@@ -58,8 +58,10 @@ def calls(model, monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("chunk, parts", [(16, [16, 16, 8]), (13, [13, 13, 12, 2]), (39, [38, 2]), (1, [1] * T)])
+@pytest.mark.parametrize(
+    "chunk, parts, padded",
+    [(16, [16, 16, 8], False), (13, [13, 13, 12, 2], True), (39, [38, 2], True), (1, [1] * T, False)],
+)
 def test_chunks_give_what_the_whole_gives(mini, fast, padded, chunk, parts, monkeypatch):
     expected = generated(fast, **prompts(padded))
     plain = generated(mini, **prompts(padded))[1]

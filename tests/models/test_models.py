@@ -21,15 +21,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 COMPILED = [name for name in MODELS if name != "llama"]  # llama_with_cache has all that it has
 
 both_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-# Each recipe and each dtype with each model; int4 in fp32 is what half of the compiled ones run.
-each_case = pytest.mark.parametrize(
-    "name, recipe, dtype",
-    [
-        pytest.param(name, recipe, dtype, id=f"{name}-{label}")
-        for name in MODELS
-        for recipe, dtype, label in ((INT8, torch.float32, "int8-fp32"), (INT4, torch.bfloat16, "int4-bf16"))
-    ],
-)
+FORMS = (INT4, torch.bfloat16, "int4-bf16"), (INT8, torch.float32, "int8-fp32")
+CASES = [[pytest.param(name, *form, id=f"{name}-{label}") for *form, label in FORMS] for name in MODELS]
+every_case = pytest.mark.parametrize("name, recipe, dtype", [case for forms in CASES for case in forms])
+# Each model in one form; compiled it is in the other recipe.
+each_case = pytest.mark.parametrize("name, recipe, dtype", [forms[i % 2] for i, forms in enumerate(CASES)])
 
 
 def tensors(outputs) -> list[Tensor]:
@@ -89,7 +85,7 @@ def test_eager(name, recipe, dtype):
 
 
 @pytest.mark.cuda
-@each_case
+@every_case
 def test_eager_on_a_gpu(name, recipe, dtype):
     check(*optimized_zoo(name, recipe, dtype, "cuda"), recipe)
 
@@ -102,7 +98,9 @@ def test_int8_in_groups(name, dtype, device):
 
 
 @both_devices
-@pytest.mark.parametrize("name, recipe", [(name, (INT8, INT4)[i % 2]) for i, name in enumerate(COMPILED)])
+@pytest.mark.parametrize(
+    "name, recipe", [(name, (INT8, INT4)[i % 2]) for i, name in enumerate(MODELS) if name in COMPILED]
+)
 def test_compiled(name, recipe, device, fresh_compiler):
     """One layer, as Inductor would compile a second like the first."""
     model, inputs = on(*build(name, layers=1), device, torch.float32)
