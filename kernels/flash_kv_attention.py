@@ -31,6 +31,7 @@ def supports(case: Case) -> bool | str:
         (case.K == case.N, "keys and values have heads of different sizes"),
         (case.K <= 256, "heads are larger than 256"),
         (case.mask is None and not case.softcap, "knows no mask and no softcap"),
+        (not case.sinks, "knows no attention sinks"),
     )
 
 

@@ -197,8 +197,11 @@ def _(
 
 
 @kv_attention.implementation("flash", supports=flash_kv_attention.supports)
-def _(q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None):
+def _(
+    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None, sinks=None
+):
     """Tokens that are not one behind the other, at the same positions in all rows, go through "blocks"."""
+    assert sinks is None
     H, S = v.shape[1:3]
     first = flash_kv_attention.beginning(positions, start, window, S)
     if first is None:

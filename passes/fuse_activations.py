@@ -27,7 +27,7 @@ aten = torch.ops.aten
 KERNEL = "cuda"  # the implementation that takes both
 FUNCTIONS = {(aten.gelu.default, "none"): "gelu", (aten.gelu.default, "tanh"): "gelu_tanh"}  # call, behind its input
 SPLITS = aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default  # the dimension comes third
-MANY_TOKENS = 1024  # with fewer, one kernel more costs more than GELU
+MANY_TOKENS = 1024  # with fewer, one kernel more is expected to cost more than GELU
 OF_CHANNELS = {"q", "values", "indices", "scale", "sums", "bias"}  # have a row for each, or one for all
 
 

@@ -61,6 +61,15 @@ def test_heads(form, heads, D):
     check(call(form, 20, 90, S=128, Hq=heads, D=D), TOLERANCE[torch.float32])
 
 
+def test_sinks_are_for_others():
+    arguments = call(INT8, 70, 64)
+    assert op.run(*arguments, None, None, None).equal(op(*arguments))
+    arguments += [None, None, torch.randn(8)]
+    assert flash.supports(op.case_of(*arguments)) == "knows no attention sinks"
+    expected = op.run(*arguments, implementation="reference")
+    assert (op(*arguments) - expected).norm() <= TOLERANCE[torch.float32] * expected.norm()
+
+
 def test_scores_that_are_large():
     arguments = call(INT8, 20, 90)
     arguments[0] = arguments[0] * 1e3
