@@ -1,7 +1,7 @@
 // What the kernels for the CPU share: vectors, dtypes, how a step of K is held and multiplied, where weights come from.
 //
 // A panel is 64 columns of y. Its codes become 32-bit words [step, 64] that the near caches hold. A word is one fp32
-// value (Fp32), two bf16 neighbours along K (Bf16), or four codes (Bytes, in cpu_scaled.cpp).
+// value (Fp32) or two bf16 neighbours along K (Bf16).
 #pragma once
 #include <algorithm>
 #include <atomic>
