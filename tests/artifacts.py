@@ -9,6 +9,8 @@ from aograph.kernels import int4_linear, int8_linear
 from torch import nn
 
 import aograph
+from aograph import Recipe, Rule
+from aograph.schemes import KV4, KVFP8
 from tests.models.zoo import MINI, ids
 from tests.small_models import MLP
 
@@ -53,9 +55,14 @@ def language_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def packed_cache(tmp_path_factory):
-    """The same of two layers, with caches in int8, of 45 tokens, so that rows of scales are at odd addresses."""
+    """The same of two layers, with packed caches of 45 tokens, so that rows of scales are at odd addresses.
+
+    Those of the first are in int8; of the second are keys in int4 and values in float8.
+    """
     model = mini(2)
-    fast = aograph.optimize(model, f"{RECIPE} + kv8", {"input_ids": ids(), "use_cache": False}, compile=False)
+    rules = [*Recipe.of(f"{RECIPE} + kv8").rules, Rule(KV4(), name="key_1", optional=True),
+             Rule(KVFP8(), name="value_1", optional=True)]  # fmt: skip
+    fast = aograph.optimize(model, rules, {"input_ids": ids(), "use_cache": False}, compile=False)
     path = tmp_path_factory.mktemp("artifact") / "model.pt2"
     fast.save(path, max_length=45, batch_size=2, options=FAST_BUILD)
     return types.SimpleNamespace(path=path, model=model, fast=fast, reference=dequantized(model))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from aograph.kernels.kv_cache import INT8
+from aograph.kernels.kv_cache import FP8, INT4, INT8
 
 import aograph
 from aograph import ArtifactError, InputError, archive, environment
@@ -170,12 +170,15 @@ def test_a_step_writes_the_keys_and_values_of_its_tokens_only(artifact, language
 # --- packed caches -----------------------------------------------------------------------------------------
 
 
+FORMATS = (INT8, INT8), (INT4, FP8)  # of keys and values, by layer
+
+
 class Rounded(StaticRows):
     """A cache of floats that holds what a packed one stands for."""
 
     def update(self, keys, values, layer, *_, **__):
-        rounded = [INT8.dequantize(*INT8.quantize(new), torch.float32) for new in (keys, values)]
-        return super().update(*rounded, layer)
+        pairs = zip(FORMATS[layer], (keys, values), strict=True)
+        return super().update(*(form.dequantize(*form.quantize(new), torch.float32) for form, new in pairs), layer)
 
 
 class Reference:
@@ -223,20 +226,25 @@ def test_packed_caches_hold_what_is_rounded(packed, reference):
         tokens = expected.argmax(-1, keepdim=True)
         found, expected = [packed.decode(tokens, places, cache)], [reference.step(tokens, places)]
         places = places + 1
-    stored = [INT8.dequantize(*pair, torch.float32) for pair in zip(cache[::2], cache[1::2], strict=True)]
+    pairs = zip(sum(FORMATS, ()), cache[::2], cache[1::2], strict=True)
+    stored = [form.dequantize(codes, scales, torch.float32) for form, codes, scales in pairs]
     for mine, theirs in zip(stored, reference.cache, strict=True):
         close(mine, theirs)
         assert mine[0, :, :15].any() and not mine[0, :, 15:].any() and not mine[1, :, 10:].any()
 
 
-def test_packed_caches_change_little(packed, packed_cache):
+def test_packed_caches_change_little(packed, packed_cache, reference):
     prompt = ids(2, 12)
     cache = packed.new_cache()
     found = torch.cat([packed.prefill(text[None], cache, row) for row, text in enumerate(prompt)])
     with torch.no_grad():
         expected = packed_cache.reference(prompt, use_cache=False).logits[:, -1]
-    assert 0 < (found - expected).norm() < 0.02 * expected.norm()
-    torch.testing.assert_close(packed.generate(prompt, 8), greedy(packed_cache.reference, prompt, 8))
+    assert 0 < (found - expected).norm() < 0.05 * expected.norm()
+    logits = torch.cat([reference.prefill(text[None], row) for row, text in enumerate(prompt)])
+    for made in range(8):
+        prompt = torch.cat([prompt, logits.argmax(-1, keepdim=True)], 1)
+        logits = reference.step(prompt[:, -1:], torch.full((2, 1), 12 + made))
+    assert torch.equal(packed.generate(prompt[:, :12], 8), prompt)
 
 
 @pytest.mark.parametrize("chunk, parts", [(4, [4, 3, 2]), (5, [5, 4]), (8, [7, 2]), (9, [9])])
@@ -262,10 +270,11 @@ def test_a_row_of_a_packed_cache_is_used_again(packed, reference):
 
 
 def test_the_bytes_of_packed_caches(packed, packed_cache):
-    of_token = 2 * 2 * 2 * (64 + 4)  # layers, keys and values, heads; codes and a scale
+    of_token = 2 * (64 + 4 + 64 + 4) + 2 * (32 + 2 * 2 * 2 + 64 + 4)  # heads; codes and scales of keys and values
     assert packed.generation["cache_token_bytes"] == of_token
     assert sum(tensor.nbytes for tensor in packed.new_cache()) == 2 * 45 * of_token
-    assert f"int8: {of_token} bytes a token, 49 KB for 2 × 45 tokens" in summary(inspect(packed_cache.path))
+    text = " ".join(summary(inspect(packed_cache.path)).split())
+    assert f"int8 and int4 and fp8: {of_token} bytes a token, 44 KB for 2 × 45 tokens" in text
 
 
 @pytest.mark.parametrize("graph", ["prefill", "decode"])

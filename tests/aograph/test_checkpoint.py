@@ -180,8 +180,6 @@ def test_a_model_that_was_loaded_by_transformers(original, tmp_path):
     again = load(tmp_path / "packed")
     check_same(again, optimized)
     assert torch.equal(again(**inputs).logits, optimized(**inputs).logits)
-    tokens = optimized.generate(ids(1, 4), max_new_tokens=3, do_sample=False)
-    assert torch.equal(again.generate(ids(1, 4), max_new_tokens=3, do_sample=False), tokens)
 
 
 def test_int8_in_groups(original, tmp_path):
@@ -193,9 +191,8 @@ def test_int8_in_groups(original, tmp_path):
     check_same(again, optimized)
 
 
-@pytest.mark.parametrize("recipe", ["float8wo", "float8dq"])
-def test_float8(recipe, original, tmp_path):
-    optimized = load(original, recipe)
+def test_float8(original, tmp_path):
+    optimized = load(original, "float8dq")
     optimized.save_pretrained(tmp_path / "packed")
     again = load(tmp_path / "packed")
     assert again.recipe == optimized.recipe and str(again.report) == str(optimized.report)

@@ -113,29 +113,6 @@ def test_what_the_file_says(language_model):
     assert about["graphs"]["forward"]["report"]["bytes_after"] == language_model.fast.report.bytes_after
 
 
-def test_caches_of_other_formats(tmp_path):
-    """Keys in four bits, values in floating point, of a model of one layer in bf16, for one row."""
-    model, _ = build("llama", layers=1)
-    model = model.to(torch.bfloat16)
-    rules = [Rule(KV4()), Rule(KVFP8(), name="value_0", optional=True)]
-    with pytest.warns(UserWarning, match="rewrote nothing"):
-        fast = aograph.optimize(model, rules, {"input_ids": ids(), "use_cache": False}, compile=False)
-    fast.save(tmp_path / "model.pt2", max_length=24, options=FAST_BUILD)
-    artifact = load(tmp_path / "model.pt2")
-    rows = inspect(tmp_path / "model.pt2")["graphs"]["decode"]["report"]["rows"]
-    assert ["keys by token" in row["notes"] for row in rows if row["kind"] == "cache"] == [True, False]
-    cache = artifact.new_cache()
-    codes = {tensor.dtype for tensor in cache if tensor.itemsize == 1}
-    assert codes == {torch.uint8, torch.float8_e4m3fn}
-    assert sum(tensor.nbytes for tensor in cache) == 24 * 2 * (32 + 2 * 2 * 2 + 64 + 4)
-    text = ids(1, 12)
-    artifact.prefill(text[:, :11], cache)
-    found = artifact.decode(text[:, 11:], torch.tensor([[11]]), cache).float()
-    with torch.no_grad():
-        expected = model(text, use_cache=False).logits[:, -1].float()
-    assert 0 < (found - expected).norm() < 0.15 * expected.norm()
-
-
 @pytest.mark.parametrize(
     "recipe, notes",
     [

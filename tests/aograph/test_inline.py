@@ -38,9 +38,8 @@ def oracle(program, x):
     return References(program.graph_module).run(x.double())[0]
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("N, dtype", [(1, torch.bfloat16), (65, torch.float32), (128, torch.float16)])
 @pytest.mark.parametrize("recipe, K", RECIPES)
-@pytest.mark.parametrize("N", [1, 65, 128])
 def test_the_traced_graph_computes_what_the_op_means(recipe, N, K, dtype):
     program = program_of(nn.Linear(K, N).to(dtype), recipe, torch.randn(5, K, dtype=dtype))
     inlined = inline(program)
