@@ -96,7 +96,7 @@ def test_tokens_of_a_chunk_are_not_rounded_to_each_other(mini, padded, monkeypat
 def test_a_step_of_one_token_knows_nothing_of_it(fast):
     generated(fast, **prompts(False))
     given = {}
-    for _, capture in fast._captures.values():
+    for _, capture, _ in fast._captures.values():
         for node in capture.program.graph.find_nodes(op="call_function", target=kv_attention.overload):
             single = str(node.args[0].meta["val"].shape[2]) == "1"
             given.setdefault(single, []).append(node.args[14:])
