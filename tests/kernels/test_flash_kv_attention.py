@@ -189,6 +189,17 @@ def test_on_a_gpu(form, dtype, T, first):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ON_GPU)
+@pytest.mark.parametrize("name", ["flash", "blocks"])
+def test_chunks_as_they_were_on_a_gpu(name, dtype):
+    arguments = call(INT8, 65, 63, D=128, dtype=dtype, device="cuda")
+    new = [torch.randn(B, H, 65, 128, device="cuda", dtype=dtype) for _ in range(2)]
+    arguments += [None, None, None, *new, arguments[5]]
+    y, expected = op.run(*arguments, implementation=name), op.run(*arguments, implementation="reference")
+    assert (y.double() - expected.double()).norm() <= ON_GPU[dtype] * expected.double().norm()
+
+
+@pytest.mark.cuda
 def test_a_chunk_on_a_gpu_needs_little_memory(monkeypatch):
     """2048 tokens of 32 query heads at the end of 32768, whose scores would be 8.6 GB in fp32."""
     monkeypatch.setattr(flash, "ELEMENTS", 1 << 23)
