@@ -1,13 +1,14 @@
-"""What a quantized KV cache costs in accuracy: language models of transformers token by token, with the cache in use.
+"""What a quantized KV cache costs in accuracy: language models of transformers, token by token or in chunks.
 
     python -m bench.cache_quality models/mini [FOLDER …] [--text FILE] [--windows 64] [--recipes kv8 kvfp8 kv4 …]
-                                  [--device cuda] [--plot OUT.png]
+                                  [--chunk 256] [--device cuda] [--plot OUT.png]
 
 Each window of 1,024 tokens is a row of a static cache, and each of its tokens but the first is predicted from the
-cache, which holds the keys and values of those before it, rounded under a recipe. `perplexity` is of all of them, with
-the change against bf16. `recall`: a passage of 64 tokens, others, and the passage again, which a model predicts better
-when it finds it in the cache; the mean loss of its last 48 tokens by how many are between, and the change. Without
---text, the help texts of this Python.
+cache, which holds the keys and values of those before it, rounded under a recipe. With --chunk tokens go through the
+model in chunks, as those of a prompt, which see the others of their chunk as they are if they are more than a few.
+`perplexity` is of all of them, with the change against bf16. `recall`: a passage of 64 tokens, others, and the passage
+again, which a model predicts better when it finds it in the cache; the mean loss of its last 48 tokens by how many are
+between, and the change. Without --text, the help texts of this Python.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import aograph
-from aograph.decoding import StaticRows, cache_shapes, run
+from aograph.decoding import StaticRows, cache_shapes, parts
 from aograph.program import nbytes
 
 from .perplexity import python_topics, tokens_of
@@ -38,7 +39,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 class CachedModel(nn.Module):
     """A language model of transformers with static caches of its own: a step takes T tokens of each row.
 
-    forward(input_ids, positions), both [rows, T] int64 -> logits [rows, V] of the last of them.
+    forward(input_ids, positions), both [rows, T] int64 -> logits [rows, T, V].
     """
 
     def __init__(self, model: nn.Module, rows: int, length: int):
@@ -52,17 +53,22 @@ class CachedModel(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         layers = [(getattr(self, f"key_{i}"), getattr(self, f"value_{i}")) for i in range(len(self.shapes))]
-        return run(self.model, input_ids, positions, StaticRows(layers, positions), self.length)
+        mask = (torch.arange(self.length, device=positions.device) <= positions[:, :, None])[:, None]
+        cache = StaticRows(layers, positions)
+        given = {"input_ids": input_ids, "position_ids": positions, "attention_mask": mask, "past_key_values": cache}
+        return self.model(**given, use_cache=True).logits
 
 
 @torch.no_grad()
-def losses(step: Step, ids: Tensor) -> Tensor:
-    """The loss [rows, T - 1] of each token of ids [rows, T] but the first, token by token."""
-    found = []
-    for t in range(ids.shape[1] - 1):
-        logits = step(ids[:, t : t + 1], torch.full((len(ids), 1), t, device=ids.device))
-        found.append(F.cross_entropy(logits.float(), ids[:, t + 1], reduction="none"))
-    return torch.stack(found, 1)
+def losses(step: Step, ids: Tensor, chunk: int = 1) -> Tensor:
+    """The loss [rows, T - 1] of each token of ids [rows, T] but the first, as many tokens at a time as `chunk` says."""
+    found, first = [], 0
+    for count in parts(ids.shape[1] - 1, chunk):
+        positions = torch.arange(first, first + count, device=ids.device).repeat(len(ids), 1)
+        logits = step(ids[:, first : first + count], positions).float()
+        first += count
+        found.append(F.cross_entropy(logits.mT, ids[:, first - count + 1 : first + 1], reduction="none"))
+    return torch.cat(found, 1)
 
 
 def recall_texts(ids: Tensor, distance: int) -> Tensor:
@@ -71,19 +77,21 @@ def recall_texts(ids: Tensor, distance: int) -> Tensor:
     return torch.cat([passage, ids[:, :distance], passage], 1)
 
 
-def recall(step: Step, ids: Tensor, distances: Sequence[int] = DISTANCES) -> list[float]:
+def recall(step: Step, ids: Tensor, distances: Sequence[int] = DISTANCES, chunk: int = 1) -> list[float]:
     """The mean loss of a passage the second time, but for its first quarter, at each distance."""
-    return [losses(step, recall_texts(ids, each))[:, -PASSAGE * 3 // 4 :].mean().item() for each in distances]
+    texts = (recall_texts(ids, each) for each in distances)
+    return [losses(step, text, chunk)[:, -PASSAGE * 3 // 4 :].mean().item() for text in texts]
 
 
-def contender(model: nn.Module, recipe: str, rows: int, length: int, device: str) -> tuple[Step, int]:
+def contender(model: nn.Module, recipe: str, rows: int, length: int, device: str, chunk: int = 1) -> tuple[Step, int]:
     """A step under a recipe, and the bytes of its cache for a token of a row."""
     step = CachedModel(model, rows, length)
     caches = [cache for shape in step.shapes for cache in shape.empty(1, 1, torch.device("meta"))]
     if recipe == "bf16":
         return step, sum(map(nbytes, caches))
-    ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-    fast = aograph.optimize(step, recipe, (ids, ids), dynamic_shapes=({}, {}), compile=False, progress=False)
+    ids = torch.arange(chunk, device=device).repeat(rows, 1)
+    shapes = ({}, {}) if chunk == 1 else None
+    fast = aograph.optimize(step, recipe, (ids, ids), dynamic_shapes=shapes, compile=False, progress=False)
     found = [row for row in fast.report.caches if row.outcome == "rewritten"]
     if len(found) != len(caches):
         raise SystemExit(f"{recipe} rewrites {len(found)} of {len(caches)} caches:\n{fast.report}")
@@ -96,6 +104,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--recipes", nargs="+", default=["kv8", "kvfp8", "kv4"])
+    parser.add_argument("--chunk", type=int, default=1, help="tokens of a row at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="of the change of recall, with matplotlib")
     options = parser.parse_args()
@@ -110,8 +119,9 @@ def main() -> None:
         model.to(options.device)
         base: list[float] = []
         for recipe in ("bf16", *options.recipes):
-            step, size = contender(model, recipe, len(ids), WINDOW, options.device)
-            found = [math.exp(losses(step, ids).mean().item()), *recall(step, ids)]
+            step, size = contender(model, recipe, len(ids), WINDOW, options.device, options.chunk)
+            chunk = options.chunk
+            found = [math.exp(losses(step, ids, chunk).mean().item()), *recall(step, ids, chunk=chunk)]
             base = base or found
             changes = [found[0] / base[0] - 1, *(a - b for a, b in zip(found[1:], base[1:], strict=True))]
             shown = [f"{each:.3f} {change:+.4f}" for each, change in zip(found[1:], changes[1:], strict=True)]
@@ -120,7 +130,8 @@ def main() -> None:
             print(*rows[-1], flush=True)
     between = [f"recall, {each} between" for each in DISTANCES]
     print(tabulate(rows, ["model", "cache", "bytes/token", "perplexity", *between], disable_numparse=True))
-    print(f"{options.windows} windows of {WINDOW} tokens; torch {torch.__version__}, {options.device}")
+    print(f"{options.windows} windows of {WINDOW} tokens, {options.chunk} at a time")
+    print(f"torch {torch.__version__}, {options.device}")
     if options.plot:
         plot(curves, options.plot)
 

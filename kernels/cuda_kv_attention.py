@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import cuda
 from .cuda_linear import CAPABILITIES, SHARED
-from .kv_cache import CacheCase, KVFormat
+from .kv_cache import FEW, CacheCase, KVFormat
 from .op import Case, need
 
 KINDS = {"int8": 0, "fp8": 1, "int4": 2}  # as the kernels have them, and
@@ -111,6 +111,7 @@ def supports(case: Case) -> bool | str:
         (case.dtype in (torch.bfloat16, torch.float16), "takes bf16 and fp16 q only"),
         (not case.sinks, "has no attention sinks"),
         (case.M is not None, "T is unknown"),
+        (not case.fresh or (case.M or 0) <= FEW, "reads all tokens from the cache"),
         (case.K == case.N, "keys and values have heads of different sizes"),
         (case.K % 16 == 0 and 0 < case.K <= 256, "the head size is no multiple of 16 up to 256"),
         (

@@ -9,6 +9,10 @@ only the newest `window` where window > 0, and of them only what mask allows:
     k_window, k_held         of keys by channel (`kv_cache.py`); None where each token is by itself, as values are
     sinks [Hq] float         a score of each query head that all its tokens see besides, and that has no value (Xiao et
                              al., Efficient streaming language models with attention sinks, 2023; GPT-OSS), or None
+    new_k, new_v, stored     the tokens' own keys [B, H, T, D] and values [B, H, T, Dv], float, as they were before
+                             they were rounded, and the positions [T] or [B, T] where `kv_update` has stored them,
+                             those of a row differ; or None. Where T > FEW they count there, not what the cache holds;
+                             fewer tokens, as in decoding, read themselves back from it
     scores = q · k * scale, then, where softcap > 0, softcap * tanh(scores / softcap)
 -> [B, Hq, T, Dv] in q's dtype: softmax(scores) · v, and zeros for a token that sees nothing. Positions that no token of
 a row sees change nothing, whatever they hold; NaN at one that some see may reach all tokens of that row.
@@ -20,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_kv_attention, flash_kv_attention
-from .kv_cache import FLOATS, CacheCase, CacheOp
+from .kv_cache import FEW, FLOATS, CacheCase, CacheOp
 from .op import capability
 
 BLOCK = 1024  # positions at a time
@@ -31,25 +35,52 @@ MANY_SCORES = 1 << 25  # elsewhere what keeps a GPU busy, 134 MB in fp32, of whi
 kv_attention = CacheOp(
     "kv_attention(Tensor q, Tensor k, Tensor k_scales, Tensor v, Tensor v_scales, Tensor positions, Tensor? start, "
     "Tensor? mask, float scale, float softcap, int window, Tensor? k_window=None, Tensor? k_held=None, "
-    "Tensor? sinks=None) -> Tensor"
+    "Tensor? sinks=None, Tensor? new_k=None, Tensor? new_v=None, Tensor? stored=None) -> Tensor"
 )
 
 
+@dataclass(frozen=True)
+class Call:
+    """The arguments of the op."""
+
+    q: Tensor
+    k: Tensor
+    k_scales: Tensor
+    v: Tensor
+    v_scales: Tensor
+    positions: Tensor
+    start: Tensor | None
+    mask: Tensor | None
+    scale: float
+    softcap: float
+    window: int
+    k_window: Tensor | None = None
+    k_held: Tensor | None = None
+    sinks: Tensor | None = None
+    new_k: Tensor | None = None
+    new_v: Tensor | None = None
+    stored: Tensor | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the tokens count as they were before they were stored; in a graph, where T is symbolic, if it is many
+        when the graph runs (`stored_at`)."""
+        T = self.q.shape[2]
+        return self.stored is not None and not (isinstance(T, int) and T <= FEW)
+
+
 @kv_attention.fake
-def _(
-    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None, sinks=None
-):
-    seen = positions, start, mask, scale, softcap, window
-    case = kv_attention.case_of(q, k, k_scales, v, v_scales, *seen, k_window, k_held, sinks)
+def _(*arguments):
+    q, case = arguments[0], kv_attention.case_of(*arguments)
     return q.new_empty(*q.shape[:3], case.N)
 
 
 @kv_attention.case
-def _(
-    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None, sinks=None
-) -> CacheCase:
-    keys, D = kv_attention.fit(k, k_scales, k_window, k_held)
-    values, of_values = kv_attention.fit(v, v_scales)
+def _(*arguments) -> CacheCase:
+    call = Call(*arguments)
+    q, k, v, mask = call.q, call.k, call.v, call.mask
+    keys, D = kv_attention.fit(k, call.k_scales, call.k_window, call.k_held)
+    values, of_values = kv_attention.fit(v, call.v_scales)
     (B, H, P, _), S = k.shape, v.shape[2]
     check, device = kv_attention.check, k.device
     check("v", v, device, (v.dtype,), (B, H, P if keys.block is None or keys.positions(S) != P else S, None))
@@ -57,18 +88,28 @@ def _(
     _, Hq, T, _ = q.shape
     if Hq % H:
         raise ValueError(f"kv_attention: q has {Hq} heads; expected a multiple of the {H} KV heads")
-    check("positions", positions, device, (torch.int64,), (B, T))
-    if start is not None:
-        check("start", start, device, (torch.int64,), (B,))
+    check("positions", call.positions, device, (torch.int64,), (B, T))
+    if call.start is not None:
+        check("start", call.start, device, (torch.int64,), (B,))
     if mask is not None:
         shapes = [(rows, heads, tokens, S) for tokens in (T, 1) for rows in (B, 1) for heads in (Hq, 1)]
         check("mask", mask, device, (torch.bool, *FLOATS), *shapes)
-    if sinks is not None:
-        check("sinks", sinks, device, FLOATS, (Hq,))
+    if call.sinks is not None:
+        check("sinks", call.sinks, device, FLOATS, (Hq,))
+    new = {"new_k": call.new_k, "new_v": call.new_v, "stored": call.stored}
+    if missing := [name for name, tensor in new.items() if tensor is None]:
+        if len(missing) < len(new):
+            raise ValueError(
+                f"kv_attention: {' and '.join(missing)} missing; expected {', '.join(new)} or none of them"
+            )
+    else:
+        check("new_k", call.new_k, device, FLOATS, (B, H, T, D))
+        check("new_v", call.new_v, device, FLOATS, (B, H, T, of_values))
+        check("stored", call.stored, device, (torch.int64,), (B, T), (T,))
     return CacheCase(
         device.type, q.dtype, T, of_values, D, None, capability(device), rows=B, heads=H, queries=Hq // H, length=S,
-        keys=keys, values=values, softcap=softcap > 0, mask=mask.dtype if mask is not None else None,
-        sinks=sinks is not None,
+        keys=keys, values=values, softcap=call.softcap > 0, mask=mask.dtype if mask is not None else None,
+        sinks=call.sinks is not None, fresh=call.stored is not None,
     )  # fmt: skip
 
 
@@ -128,14 +169,49 @@ def scores_of(q: Tensor, keys: Tensor, seen: Tensor, mask: Tensor | None, scale:
     return scores.masked_fill(~seen, -torch.inf)
 
 
+def stored_at(call: Call) -> Tensor | None:
+    """[B, S]: which of the T tokens is stored at a position, -1: none; None where they read themselves back."""
+    (B, _, T, _), S, device = call.q.shape, call.v.shape[2], call.q.device
+    if call.stored is None or not call.fresh:
+        return None
+    tokens = torch.arange(T, device=device).expand(B, T)
+    which = torch.full((B, S), -1, dtype=torch.int64, device=device).scatter(1, call.stored.expand(B, T), tokens)
+    return which if isinstance(T, int) else torch.where(torch.scalar_tensor(T, device=device) > FEW, which, -1)
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Keys or values [B, H, T, D] that were not rounded, and which of them is at a position [B, S], -1: none."""
+
+    tokens: Tensor
+    which: Tensor
+
+    def over(self, old: Tensor, part: slice, shown: Tensor | None = None) -> Tensor:
+        """[B, H, n, D]: what a cache holds at n positions, or such a token; of these those `shown` [B, n] alone."""
+        which = self.which[:, part]
+        which = which if shown is None else which.masked_fill(~shown, -1)
+        asks = which.device.type == "cpu" and not torch.compiler.is_exporting()  # waits for no GPU
+        if asks and bool((which < 0).all()):
+            return old
+        rows = torch.arange(old.shape[0], device=old.device)[:, None]
+        new = self.tokens[rows, :, which.clamp(min=0)].transpose(1, 2)
+        return torch.where((which < 0)[:, None, :, None], old, new.to(old.dtype))
+
+
 @dataclass(frozen=True)
 class Keys:
     """Packed keys: the arguments of the op."""
 
     codes: Tensor
     scales: Tensor
-    window: Tensor | None
-    held: Tensor | None
+    window: Tensor | None = None
+    held: Tensor | None = None
+    fresh: Fresh | None = None
+
+    @classmethod
+    def of(cls, call: Call, which: Tensor | None) -> "Keys":
+        fresh = None if which is None or call.new_k is None else Fresh(call.new_k, which)
+        return cls(call.k, call.k_scales, call.k_window, call.k_held, fresh)
 
     @property
     def block(self) -> int:
@@ -144,6 +220,11 @@ class Keys:
 
     def dequantize(self, part: slice, dtype: torch.dtype) -> Tensor:
         """[B, H, n, D] in fp32 or fp64: those of n positions, from the first of a block on."""
+        keys = self.packed(part, dtype)
+        return keys if self.fresh is None else self.fresh.over(keys, part)
+
+    def packed(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """The same of what the cache holds."""
         form, W = kv_attention.format_of(self.codes, self.scales, self.window), self.block
         first, last = part.start // W, -(-part.stop // W)
         keys = form.dequantize(self.codes[:, :, first * W : last * W], self.scales[:, :, first:last], dtype)
@@ -155,10 +236,26 @@ class Keys:
         return keys[:, :, : part.stop - part.start]
 
 
-def values_of(v: Tensor, v_scales: Tensor, seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, H, n, Dv] in fp32 or fp64: n values, 0 where no token sees them (seen [B, T, n])."""
-    unseen = ~seen.any(1)[(slice(None), None, ..., *[None] * (v_scales.dim() - 3))]
-    return kv_attention.format_of(v, v_scales).dequantize(v, v_scales.masked_fill(unseen, 0), dtype)
+@dataclass(frozen=True)
+class Values:
+    """Packed values: the arguments of the op."""
+
+    codes: Tensor
+    scales: Tensor
+    fresh: Fresh | None = None
+
+    @classmethod
+    def of(cls, call: Call, which: Tensor | None) -> "Values":
+        fresh = None if which is None or call.new_v is None else Fresh(call.new_v, which)
+        return cls(call.v, call.v_scales, fresh)
+
+    def dequantize(self, part: slice, seen: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, H, n, Dv] in fp32 or fp64: those of n positions, 0 where no token sees them (seen [B, T, n])."""
+        codes, scales, shown = self.codes[:, :, part], self.scales[:, :, part], seen.any(1)
+        unseen = ~shown[(slice(None), None, ..., *[None] * (scales.dim() - 3))]
+        form = kv_attention.format_of(self.codes, self.scales)
+        values = form.dequantize(codes, scales.masked_fill(unseen, 0), dtype)
+        return values if self.fresh is None else self.fresh.over(values, part, shown)
 
 
 def product(weights: Tensor, values: Tensor) -> Tensor:
@@ -173,59 +270,59 @@ def sink_scores(sinks: Tensor, like: Tensor) -> Tensor:
 
 
 @kv_attention.reference
-def _(
-    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None, sinks=None
-):
-    H, S = v.shape[1:3]
-    sight = Sight.of(positions, start, mask, window, H)
-    seen = sight.seen(slice(0, S))
-    keys = Keys(k, k_scales, k_window, k_held).dequantize(slice(0, S), torch.float64)
-    scores = scores_of(q.double().unflatten(1, (H, -1)), keys, seen, sight.mask, scale, softcap)
-    if sinks is not None:
-        scores = torch.cat([scores, sink_scores(sinks, scores)], -1)
+def _(*arguments):
+    call = Call(*arguments)
+    H, S = call.v.shape[1:3]
+    whole, which = slice(0, S), stored_at(call)
+    sight = Sight.of(call.positions, call.start, call.mask, call.window, H)
+    seen = sight.seen(whole)
+    keys = Keys.of(call, which).dequantize(whole, torch.float64)
+    scores = scores_of(call.q.double().unflatten(1, (H, -1)), keys, seen, sight.mask, call.scale, call.softcap)
+    if call.sinks is not None:
+        scores = torch.cat([scores, sink_scores(call.sinks, scores)], -1)
     weights = scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)[..., :S]
-    return product(weights, values_of(v, v_scales, seen, torch.float64)).flatten(1, 2).to(q.dtype)
+    values = Values.of(call, which).dequantize(whole, seen, torch.float64)
+    return product(weights, values).flatten(1, 2).to(call.q.dtype)
 
 
 @kv_attention.implementation("cuda", supports=cuda_kv_attention.supports)
-def _(
-    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None, sinks=None
-):
-    arguments = q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window, k_held
-    assert sinks is None
-    return cuda_kv_attention.attention(*arguments, kv_attention.known_case(*arguments))
+def _(*arguments):
+    call, case = Call(*arguments), kv_attention.known_case(*arguments)
+    return cuda_kv_attention.attention(
+        call.q, call.k, call.k_scales, call.v, call.v_scales, call.positions, call.start, call.mask, call.scale,
+        call.softcap, call.window, call.k_window, call.k_held, case,
+    )  # fmt: skip
 
 
 @kv_attention.implementation("flash", supports=flash_kv_attention.supports)
-def _(
-    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None, sinks=None
-):
+def _(*arguments):
     """Tokens that are not one behind the other, at the same positions in all rows, go through "blocks"."""
-    assert sinks is None
-    H, S = v.shape[1:3]
-    first = flash_kv_attention.beginning(positions, start, window, S)
+    call = Call(*arguments)
+    H, S = call.v.shape[1:3]
+    stored = call.stored if call.fresh else None
+    first = flash_kv_attention.beginning(call.positions, call.start, call.window, S, stored)
     if first is None:
-        arguments = q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window, k_held
         return kv_attention["blocks"].function(*arguments)
-    of_keys, form = Keys(k, k_scales, k_window, k_held), kv_attention.format_of(v, v_scales)
+    of_keys, form = Keys.of(call, None), kv_attention.format_of(call.v, call.v_scales)
 
     def keys(part: slice) -> Tensor:
         return of_keys.dequantize(part, torch.float32)
 
     def values(part: slice) -> Tensor:
-        return form.dequantize(v[:, :, part], v_scales[:, :, part], torch.float32)
+        return form.dequantize(call.v[:, :, part], call.v_scales[:, :, part], torch.float32)
 
-    return flash_kv_attention.attention(q, keys, values, of_keys.block, H, first, scale)
+    own = (call.new_k, call.new_v) if call.fresh else None
+    return flash_kv_attention.attention(call.q, keys, values, own, of_keys.block, H, first, call.scale)
 
 
 @kv_attention.implementation("blocks", supports=lambda case: True, standalone=True)
-def _(
-    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, k_held=None, sinks=None
-):
+def _(*arguments):
     """In fp32, a block of tokens at a time, and for it blocks of positions; in a graph all tokens: T is symbolic."""
-    (B, Hq, T, _), (H, S) = q.shape, v.shape[1:3]
-    q, sight = q.unflatten(1, (H, -1)), Sight.of(positions, start, mask, window, H)
-    keys = Keys(k, k_scales, k_window, k_held)
+    call = Call(*arguments)
+    (B, Hq, T, _), (H, S), dtype = call.q.shape, call.v.shape[1:3], call.q.dtype
+    sight = Sight.of(call.positions, call.start, call.mask, call.window, H)
+    q, which = call.q.unflatten(1, (H, -1)), stored_at(call)
+    packed = Keys.of(call, which), Values.of(call, which)
     parts = [slice(None)]
     if not torch.compiler.is_exporting():
         few = max(SCORES.get(q.device.type, MANY_SCORES) // max(B * Hq * BLOCK, 1), 1)
@@ -234,11 +331,13 @@ def _(
     for part in parts:
         tokens = sight.tokens(part)
         span = tokens.span(S)
-        y.append(online(q[:, :, :, part].float(), keys, v, v_scales, tokens, span, scale, softcap, sinks).to(q.dtype))
+        y.append(
+            online(q[:, :, :, part].float(), *packed, tokens, span, call.scale, call.softcap, call.sinks).to(dtype)
+        )
     return torch.cat(y, 3).flatten(1, 2)
 
 
-def online(q, keys, v, v_scales, sight, span, scale, softcap, sinks):
+def online(q, keys, values, sight, span, scale, softcap, sinks):
     """[B, H, G, T, Dv] fp32 of q [B, H, G, T, D] fp32, over a span of positions, with a running maximum and sum.
 
     Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
@@ -247,7 +346,7 @@ def online(q, keys, v, v_scales, sight, span, scale, softcap, sinks):
     total = torch.zeros_like(most)
     if sinks is not None:
         most, total = sink_scores(sinks, q), torch.ones_like(most)  # what was seen before all blocks; it has no value
-    y = q.new_zeros(*q.shape[:4], kv_attention.fit(v, v_scales)[1])
+    y = q.new_zeros(*q.shape[:4], kv_attention.fit(values.codes, values.scales)[1])
     size = max(BLOCK, -(-len(span) // BLOCKS_IN_GRAPH)) if torch.compiler.is_exporting() else BLOCK
     size = -(-size // keys.block) * keys.block
     for first in range(span.start // keys.block * keys.block, span.stop, size):
@@ -259,5 +358,5 @@ def online(q, keys, v, v_scales, sight, span, scale, softcap, sinks):
         shift = most.masked_fill(most == -torch.inf, 0)  # of a token that has seen nothing yet
         weights, kept = (scores - shift).exp(), (before - shift).exp()
         total = total * kept + weights.sum(-1, keepdim=True)
-        y = y * kept + product(weights, values_of(v[:, :, part], v_scales[:, :, part], seen, torch.float32))
+        y = y * kept + product(weights, values.dequantize(part, seen, torch.float32))
     return y / total.masked_fill(total == 0, 1)

@@ -33,6 +33,7 @@ CODES = {"int8": torch.int8, "fp8": FLOAT8, "int4": torch.uint8}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_MULTIPLE = 16  # head sizes that kernels take
 LARGEST = 15  # the largest int4 code
+FEW = 16  # query tokens that read themselves back from the cache, whatever else is known of them
 
 Layout = tuple[torch.dtype, tuple[int, ...]]  # of a tensor
 
@@ -165,7 +166,8 @@ class CacheCase(Case):
 
     Of a `Case`: dtype: of what is new, or of q; M: T, tokens of each row; K: the head size of keys, N: of values, the
     same where there is one cache. heads: KV heads H; queries: query heads of each; length: S; keys, values: the
-    formats, with group sizes as numbers; softcap, sinks: whether there are; mask: its dtype, None where there is none.
+    formats, with group sizes as numbers; softcap, sinks: whether there are; mask: its dtype, None where there is none;
+    fresh: whether the tokens are there as they were before they were stored, too, which more than `FEW` attend to.
     """
 
     rows: int = 1
@@ -177,6 +179,7 @@ class CacheCase(Case):
     softcap: bool = False
     mask: torch.dtype | None = None
     sinks: bool = False
+    fresh: bool = False
 
 
 class CacheOp(Op):

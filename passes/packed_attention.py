@@ -36,13 +36,14 @@ class PackedAttention(Pass):
         whole = {node: memory(node.args[0]) for node in program.graph.nodes if node.target is kv_dequantize.overload}
         order = {node: i for i, node in enumerate(program.graph.nodes)}
         found, misses = attentions(program, whole)
-        ran: dict[Node, tuple[str, str]] = {}
+        ran: dict[Node, tuple[str, list[str]]] = {}
         for m in found:
             stores = {node: stored(node, order) for node in (m.key, m.value)}
             if all(order[m.root] < later for _, later in stores.values()):
                 keys = [*m.key.args[:2], *m.key.args[3:]]  # its dtype is between
-                kernel, note = attend(program, m, keys, m.value.args[:2], stores[m.key][0])
-                ran |= dict.fromkeys((whole[m.key], whole[m.value]), (kernel, note))
+                last = [stores[node][0] for node in (m.key, m.value)]
+                done = attend(program, m, keys, m.value.args[:2], last, filled=True)
+                ran |= dict.fromkeys((whole[m.key], whole[m.value]), done)
                 program.graph.erase_node(m.root)
         erase_dead(program)
         for node, codes in whole.items():
@@ -57,8 +58,8 @@ class PackedAttention(Pass):
         for codes in ran.keys() & caches.keys():
             row = caches[codes].row
             row.outcome, row.scheme = REWRITTEN, preset_of(caches[codes].format)
-            row.kernel, note = ran[codes]
-            row.notes.append(note)
+            row.kernel, notes = ran[codes]
+            row.notes += notes
         return len(ran)
 
 
@@ -77,9 +78,9 @@ def attentions(program: Program, whole: dict[Node, Node]) -> tuple[list[Match], 
 
 
 def stored(node: Node, order: dict[Node, int]) -> tuple[Node | None, float]:
-    """The positions that were written last before a node unpacks a cache, and where the cache is written next."""
+    """The `kv_update` that wrote a cache last before a node unpacks it, and where it is written next."""
     codes = node.args[0]
     writes = sorted((user for user in codes.users if codes in mutates(user)), key=order.__getitem__)
     before = [each for each in writes if order[each] < order[node]]
-    positions = before[-1].args[3] if before and before[-1].target is kv_update.overload else None
-    return positions, min((order[each] for each in writes if order[each] > order[node]), default=math.inf)
+    last = before[-1] if before and before[-1].target is kv_update.overload else None
+    return last, min((order[each] for each in writes if order[each] > order[node]), default=math.inf)

@@ -17,10 +17,21 @@ from torch.fx import Node
 
 from ..expression import Expression
 from ..kernels.kv_attention import kv_attention
-from ..kernels.kv_cache import FLOATS
+from ..kernels.kv_cache import FEW, FLOATS
 from ..kernels.kv_update import kv_update
-from ..patterns.cache import ATTENTIONS, UPDATES, Update, may_attend, memory, scale_of, seen, sinks_of, softcap_of
-from ..patterns.language import Builder, Match, Miss, match, mutates, packet, propagate, views_of
+from ..patterns.cache import (
+    ATTENTIONS,
+    UPDATES,
+    Update,
+    may_attend,
+    memory,
+    scale_of,
+    seen,
+    sinks_of,
+    sizes,
+    softcap_of,
+)
+from ..patterns.language import Builder, Match, Miss, alike, match, mutates, packet, propagate, stays, views_of
 from ..program import CacheSite, Program, expression, hint, nbytes
 from ..report import NEAR_MISS, REWRITTEN, SKIPPED
 from ..weights import Pack
@@ -52,6 +63,11 @@ class Uses:
         asked = {user for node in found for user in node.users if packet(user.target) is aten.sym_size}
         return found | {each for each in asked if each.users.keys() <= found}
 
+    def written_before(self, node: Node, order: dict[Node, int]) -> Node | None:
+        """The last update ahead of a node."""
+        before = [m.root for _, m in self.updates if order[m.root] < order[node]]
+        return max(before, key=order.__getitem__, default=None)
+
 
 class QuantizedKVCache(Pass):
     """Rewrites caches in pairs, and says of each other one what keeps it as it is."""
@@ -73,20 +89,18 @@ class QuantizedKVCache(Pass):
             node, other = alone
             refuse(sites.pop(node), NEAR_MISS, f"its attention reads {other.target} too, which stays as it is")
         packed = {node: pack(program, cache, uses[node].keys) for node, cache in sites.items()}
-        for node in packed:
-            for update, found in uses[node].updates:
-                store(update, found, packed[node])
+        stores = {m.root: store(update, m, packed[node]) for node in packed for update, m in uses[node].updates}
         attentions = {found.root: found for node in packed for found in uses[node].attentions}
         for found in attentions.values():
-            kernel, note = attend(program, found, packed[found.key], packed[found.value])
+            last = [stores.get(uses[node].written_before(found.root, order)) for node in (found.key, found.value)]
+            kernel, notes = attend(program, found, packed[found.key], packed[found.value], last)
             keys = sites[found.key]
             if keys.node.op == "placeholder" and keys.scheme.packed_format(True) != keys.format:
                 keys.row.notes.append("keys by token, as in all steps of an artifact")
             for node in dict.fromkeys((found.key, found.value)):
                 row = sites[node].row
                 row.kernel = row.kernel or kernel
-                if note not in row.notes:
-                    row.notes.append(note)
+                row.notes += [note for note in notes if note not in row.notes]
         dead = {node for each in packed for node in (each, *uses[each].nodes)}
         for node in sorted(dead, key=order.__getitem__, reverse=True):
             program.graph.erase_node(node)
@@ -227,37 +241,67 @@ def inputs(program: Program, names: Sequence[str], fakes: Sequence[Tensor], befo
     return nodes
 
 
-def store(update: Update, found: Match, packed: list[Node]) -> None:
+def store(update: Update, found: Match, packed: list[Node]) -> Node:
     g = Builder(found.root)
     codes, scales, *window = packed
-    g.call(kv_update.overload, codes, scales, *update.stored(found, g), *window)
+    return g.call(kv_update.overload, codes, scales, *update.stored(found, g), *window)
 
 
 def attend(
-    program: Program, found: Match, keys: Sequence[Node], values: Sequence[Node], stored: Node | None = None
-) -> tuple[str, str]:
-    """Puts `kv_attention` in the place of an attention; what will run, and what became of the mask.
+    program: Program,
+    found: Match,
+    keys: Sequence[Node],
+    values: Sequence[Node],
+    stores: Sequence[Node | None],
+    filled: bool = False,
+) -> tuple[str, list[str]]:
+    """Puts `kv_attention` in the place of an attention; what will run, and what is to say of it.
 
-    stored: the positions that were written last, if nothing behind the last of them is ever seen.
+    stores: the `kv_update` that wrote keys, and values, last; filled: whether nothing behind its last token is ever
+    seen.
     """
     g, old = Builder(found.root), found.root
     sight = seen(found, g)
     positions, mask = sight.positions, sight.mask
-    if stored is not None and mask is not None:
-        positions = g.call(aten.minimum.default, positions, g.call(aten.select.int, stored, -1, -1))
+    if filled and stores[0] is not None and mask is not None:
+        positions = g.call(aten.minimum.default, positions, g.call(aten.select.int, stores[0].args[3], -1, -1))
     scale, softcap = scale_of(found), softcap_of(found)
     codes, scales, *window = keys
     told = positions, sight.start, mask, scale, softcap, sight.window
-    sinks = sinks_of(found, g)
-    if sinks is not None:
-        window = [*window, *[None] * (2 - len(window)), sinks]
-    new = g.call(kv_attention.overload, found.q, codes, scales, *values, *told, *window)
-    old.replace_all_uses_with(new)
-    relay(new)
-    case = kv_attention.case_of(*(each.meta["val"] if isinstance(each, Node) else each for each in new.args))
+    new, notes = fresh(program, found, stores)
+    rest = [*window, *[None] * (2 - len(window)), sinks_of(found, g), *new]
+    while rest and rest[-1] is None:
+        rest.pop()
+    made = g.call(kv_attention.overload, found.q, codes, scales, *values, *told, *rest)
+    old.replace_all_uses_with(made)
+    relay(made)
+    case = kv_attention.case_of(*(each.meta["val"] if isinstance(each, Node) else each for each in made.args))
     case = replace(case, rows=hint(case.rows), length=hint(case.length))
     kernel = kv_attention.plan(case, *program.bounds(expression(found.q.meta["val"].shape[2])))
-    return kernel, "the mask is a length" if mask is None else "its mask is passed on"
+    return kernel, ["the mask is a length" if mask is None else "its mask is passed on", *notes]
+
+
+def fresh(program: Program, found: Match, stores: Sequence[Node | None]) -> tuple[list[Node], list[str]]:
+    """An attention's tokens as they were before they were stored, as `kv_attention` takes them; nothing of few, and
+    where they are not known, which is a note."""
+    T = found.q.meta["val"].shape[2]
+    _, most = program.bounds(expression(T))
+    if most is not None and most <= FEW:
+        return [], []
+    keys, values = stores
+    if keys is None or values is None:
+        return [], ["tokens are read back rounded: the graph does not store them ahead of the attention"]
+    (new_k, positions), (new_v, others) = keys.args[2:4], values.args[2:4]
+    if sizes(new_k)[2] != str(T) or sizes(new_v)[2] != str(T):
+        return [], [f"tokens are read back rounded: {T} attend, {sizes(new_k)[2]} are stored"]
+    if not alike(positions, others):
+        return [], ["tokens are read back rounded: keys and values may not be stored at the same positions"]
+    return [as_stored(node, keys if node is not new_v else values) for node in (new_k, new_v, positions)], []
+
+
+def as_stored(node: Node, store: Node) -> Node:
+    """What a node holds when it is stored, whatever writes it later."""
+    return node if stays(node) else Builder(store).call(aten.clone.default, node)
 
 
 def relay(node: Node) -> None:

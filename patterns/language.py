@@ -109,6 +109,23 @@ def stays(node: Node) -> bool:
     return written(node) is None and all(map(stays, sources))
 
 
+def alike(one: Value, other: Value) -> bool:
+    """Whether two arguments of nodes are the same, or computed by the same functions from the same that stays."""
+    if not (isinstance(one, Node) and isinstance(other, Node)):
+        if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+            return len(one) == len(other) and all(map(alike, one, other))
+        return type(one) is type(other) and one == other
+    found = [each.meta.get("val") for each in (one, other)]
+    if one is other or (all(isinstance(size, torch.SymInt) for size in found) and str(found[0]) == str(found[1])):
+        return stays(one)
+    pure = one.op == other.op == "call_function" and one.target is other.target and not mutates(one)
+    if not pure or torch.Tag.nondeterministic_seeded in getattr(one.target, "tags", ()):
+        return False
+    if packet(one.target) is torch.ops.aten.expand_as:  # of the other tensor, it takes the sizes alone
+        return alike(one.args[0], other.args[0]) and str(found[0].shape) == str(found[1].shape)
+    return alike(one.args, other.args) and one.kwargs == other.kwargs
+
+
 def constant(value: Value) -> bool:
     """Whether a node is a constant expression: weights and buffers that nothing writes, and pure functions
     of them (views, slices, casts, concatenations)."""

@@ -247,6 +247,16 @@ def test_packed_caches_change_little(packed, packed_cache, reference):
     assert torch.equal(packed.generate(prompt[:, :12], 8), prompt)
 
 
+def test_many_tokens_of_a_prompt_are_not_rounded_to_each_other(packed, packed_cache):
+    """It is the number of tokens in a call that decides, in one graph for all."""
+    for tokens, rounded in ((17, False), (30, False), (16, True)):
+        prompt = ids(1, tokens)
+        with torch.no_grad():
+            expected = packed_cache.reference(prompt, use_cache=False).logits[:, -1]
+        found = packed.prefill(prompt, packed.new_cache(), 0)
+        assert ((found - expected).norm() > 2e-4 * expected.norm()) == rounded
+
+
 @pytest.mark.parametrize("chunk, parts", [(4, [4, 3, 2]), (5, [5, 4]), (8, [7, 2]), (9, [9])])
 def test_a_prompt_in_parts(packed, chunk, parts, monkeypatch):
     whole, cut = packed.new_cache(), packed.new_cache()

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from aograph.kernels import kv_attention as attention_module
+from aograph.kernels.kv_attention import kv_attention
 from aograph.kernels.op import OPS
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +27,12 @@ def mini():
 @pytest.fixture(scope="module", params=["kv8", "kv4"])
 def fast(mini, request):
     return optimize(mini, request.param, compile=False)
+
+
+@pytest.fixture
+def rounded(monkeypatch):
+    """All tokens read themselves back from the cache, so that chunks of any size see the same."""
+    monkeypatch.setattr(attention_module, "FEW", ROOM)
 
 
 def prompts(padded, length=T):
@@ -62,7 +70,7 @@ def calls(model, monkeypatch):
     "chunk, parts, padded",
     [(16, [16, 16, 8], False), (13, [13, 13, 12, 2], True), (39, [38, 2], True), (1, [1] * T, False)],
 )
-def test_chunks_give_what_the_whole_gives(mini, fast, padded, chunk, parts, monkeypatch):
+def test_chunks_give_what_the_whole_gives(mini, fast, padded, chunk, parts, rounded, monkeypatch):
     expected = generated(fast, **prompts(padded))
     plain = generated(mini, **prompts(padded))[1]
     assert 0 < (expected[1][0] - plain[0]).norm() < 0.1 * plain[0].norm()
@@ -70,6 +78,30 @@ def test_chunks_give_what_the_whole_gives(mini, fast, padded, chunk, parts, monk
     assert_same(generated(fast, **prompts(padded), prefill_chunk_size=chunk), expected)
     assert lengths == parts + [1] * 3
     assert fast._count <= 4  # with a mask and without, for a prompt and for one token
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_tokens_of_a_chunk_are_not_rounded_to_each_other(mini, padded, monkeypatch):
+    """A whole prompt is as without a packed cache; chunks are nearer to that than if all tokens were rounded."""
+    fast = optimize(mini, "kv4(keys=token)", compile=False)
+    (plain, *_), error = generated(mini, **prompts(padded), max_new_tokens=1)[1], {}
+    for few in (attention_module.FEW, ROOM):
+        monkeypatch.setattr(attention_module, "FEW", few)
+        for chunk in (T, 20):
+            (logits, *_) = generated(fast, **prompts(padded), max_new_tokens=1, prefill_chunk_size=chunk)[1]
+            error[few, chunk] = (logits - plain).norm() / plain.norm()
+    assert error[16, T] < CLOSE < error[16, 20] < 0.9 * error[ROOM, 20]
+
+
+def test_a_step_of_one_token_knows_nothing_of_it(fast):
+    generated(fast, **prompts(False))
+    given = {}
+    for _, capture, _ in fast._captures.values():
+        for node in capture.program.graph.find_nodes(op="call_function", target=kv_attention.overload):
+            single = str(node.args[0].meta["val"].shape[2]) == "1"
+            given.setdefault(single, []).append(node.args[14:])
+    assert given[True] and not any(given[True])
+    assert given[False] and all(len(fresh) == 3 and None not in fresh for fresh in given[False])
 
 
 def test_who_says_how_long_a_chunk_is(fast, monkeypatch):
@@ -96,7 +128,7 @@ def test_what_is_asked_for_of_all_tokens_is_not_cut(fast, monkeypatch):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_text_that_goes_on(fast, padded, monkeypatch):
+def test_a_text_that_goes_on(fast, padded, rounded, monkeypatch):
     """Over several calls, each with the whole text so far; what is new is a prompt in chunks again."""
     texts = prompts(padded, 2 * T)
 

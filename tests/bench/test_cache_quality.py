@@ -19,10 +19,11 @@ def model():
 
 
 @torch.no_grad()
-def test_losses_are_those_of_all_tokens_at_once(model):
+@pytest.mark.parametrize("chunk", [1, 4, 5, 12])
+def test_losses_are_those_of_all_tokens_at_once(model, chunk):
     ids = torch.randint(97, (3, 12))
     expected = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    torch.testing.assert_close(losses(CachedModel(model, 3, 16), ids).flatten(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses(CachedModel(model, 3, 16), ids, chunk).flatten(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_recipe_rounds_what_is_in_the_cache(model):
@@ -34,6 +35,16 @@ def test_a_recipe_rounds_what_is_in_the_cache(model):
         step, found = contender(model, recipe, 3, 16, "cpu")
         assert found == size < whole
         assert 0 < (losses(step, ids) - expected).abs().max() < furthest
+
+
+def test_tokens_of_a_chunk_are_not_rounded(model):
+    """In the first chunk nothing is, and the first token of the second sees the cache."""
+    ids = torch.randint(97, (2, 41))
+    expected = losses(CachedModel(model, 2, 64), ids, 20)
+    step, _ = contender(model, "kv4(keys=token)", 2, 64, "cpu", 20)
+    found = losses(step, ids, 20)
+    torch.testing.assert_close(found[:, :20], expected[:, :20], rtol=1e-4, atol=1e-4)
+    assert (found[:, 20:] - expected[:, 20:]).abs().max() > 1e-3
 
 
 def test_a_passage_comes_twice():
@@ -52,7 +63,7 @@ def test_recall_is_of_the_second_occurrence():
 
     def step(token, position):
         ahead = 1 if position[0, 0] >= PASSAGE + 16 + PASSAGE // 4 - 1 else 5
-        return F.one_hot((token[:, 0] + ahead) % 97, 97).float() * 50
+        return F.one_hot((token + ahead) % 97, 97).float() * 50
 
     assert recall(step, ids, [16])[0] < 1e-3
     assert losses(step, recall_texts(ids, 16))[:, : -PASSAGE * 3 // 4].min() > 1

@@ -208,11 +208,17 @@ def test_what_is_supported_fits(form, D, there):
         ({"length": 30}, "multiple of 4"),
         ({"mask": torch.float16}, "another dtype"),
         ({"sinks": True}, "no attention sinks"),
+        ({"M": 17, "queries": 1, "fresh": True}, "reads all tokens from the cache"),
     ],
 )
 def test_what_is_not_supported_has_a_reason(change, reason, there):
     assert cuda_kv_attention.supports(CASE) is True
     assert reason in cuda_kv_attention.supports(replace(CASE, **change))
+
+
+def test_few_tokens_are_taken_whatever_is_known_of_them(there):
+    assert cuda_kv_attention.supports(replace(CASE, M=16, queries=1, fresh=True)) is True
+    assert cuda_kv_attention.supports(replace(CASE, M=17, queries=1)) is True
 
 
 @pytest.mark.parametrize("values", [INT4, KVFormat("int4", 4, 128), KVFormat("int8", 8, 128)], ids=named)

@@ -61,6 +61,25 @@ def test_heads(form, heads, D):
     check(call(form, 20, 90, S=128, Hq=heads, D=D), TOLERANCE[torch.float32])
 
 
+@each
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_chunks_that_are_read_as_they_were(form, dtype):
+    """Unlike what the cache holds of them; with channels that are neighbours in memory, or tokens."""
+    for T, first in ((17, 0), (48, 96), (70, 64)):
+        arguments = call(form, T, first, dtype=dtype)
+        arguments += [None] * (14 - len(arguments))
+        new = [torch.randn(B, H, D, T).to(dtype).mT, torch.randn(B, T, H, D).to(dtype).transpose(1, 2)]
+        check([*arguments, *new, arguments[5][0]], TOLERANCE[dtype])
+    elsewhere = [*arguments, *new, arguments[5] + 1]
+    assert op(*elsewhere).equal(op.run(*elsewhere, implementation="blocks"))
+
+
+def test_queries_whose_channels_are_no_neighbours():
+    arguments = call(INT8, 70, 64)
+    arguments[0] = arguments[0].mT.contiguous().mT
+    check(arguments, TOLERANCE[torch.float32])
+
+
 def test_sinks_are_for_others():
     arguments = call(INT8, 70, 64)
     assert op.run(*arguments, None, None, None).equal(op(*arguments))
@@ -166,6 +185,17 @@ def test_no_tensor_is_larger_than_a_block_or_the_output():
 def test_on_a_gpu(form, dtype, T, first):
     arguments = call(form, T, first, D=128, dtype=dtype, device="cuda")
     y, expected = op.run(*arguments, implementation="flash"), op.run(*arguments, implementation="reference")
+    assert (y.double() - expected.double()).norm() <= ON_GPU[dtype] * expected.double().norm()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ON_GPU)
+@pytest.mark.parametrize("name", ["flash", "blocks"])
+def test_chunks_as_they_were_on_a_gpu(name, dtype):
+    arguments = call(INT8, 65, 63, D=128, dtype=dtype, device="cuda")
+    new = [torch.randn(B, H, 65, 128, device="cuda", dtype=dtype) for _ in range(2)]
+    arguments += [None, None, None, *new, arguments[5]]
+    y, expected = op.run(*arguments, implementation=name), op.run(*arguments, implementation="reference")
     assert (y.double() - expected.double()).norm() <= ON_GPU[dtype] * expected.double().norm()
 
 

@@ -30,8 +30,9 @@ def caches(form, B, H, S, D, Dv=None, values=None):
 
 
 def expected_of(
-    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, held=None, sinks=None
-):
+    q, k, k_scales, v, v_scales, positions, start, mask, scale, softcap, window, k_window=None, held=None, sinks=None,
+    new_k=None, new_v=None, stored=None,
+):  # fmt: skip
     """One token at a time, in float64, over nothing but the positions that it sees."""
     keys, values = op.format_of(k, k_scales, k_window), op.format_of(v, v_scales)
     (B, Hq, T, _), (_, H, S, _) = q.shape, v.shape
@@ -39,6 +40,9 @@ def expected_of(
     for b in range(B if k_window is not None else 0):
         first = int(held[b]) * keys.block
         k[b, :, first : first + keys.block] = k_window[b].double()
+    for b, t in itertools.product(range(B), range(T if T > 16 and stored is not None else 0)):
+        p = int(stored[t] if stored.dim() == 1 else stored[b, t])
+        k[b, :, p], v[b, :, p] = new_k[b, :, t].double(), new_v[b, :, t].double()
     y = torch.zeros(B, Hq, T, v.shape[3], dtype=torch.float64)
     for b, h, t in itertools.product(range(B), range(Hq), range(T)):
         p = int(positions[b, t])
@@ -230,6 +234,7 @@ def test_arguments_that_do_not_fit():
     good = {
         "q": q, "k": k, "k_scales": k_scales, "v": v, "v_scales": v_scales, "positions": positions, "start": None,
         "mask": None, "scale": 0.1, "softcap": 0.0, "window": 0, "k_window": None, "k_held": None, "sinks": None,
+        "new_k": q[:, :2], "new_v": q[:, :2], "stored": positions,
     }  # fmt: skip
     op(*good.values())
     for change, message in (
@@ -242,6 +247,10 @@ def test_arguments_that_do_not_fit():
         ({"mask": torch.zeros(3, S)}, r"mask is .*\[3, 8\] on cpu; expected .*\[2, 4, 3, 8\] or \[2, 1, 3, 8\]"),
         ({"mask": torch.zeros(B, 1, 3, S, dtype=torch.int32)}, "mask is torch.int32"),
         ({"sinks": torch.zeros(2)}, r"sinks is .*\[2\] on cpu; expected .*\[4\]"),
+        ({"new_v": None}, "new_v missing; expected new_k, new_v, stored or none of them"),
+        ({"new_k": q}, r"new_k is .*\[2, 4, 3, 32\] on cpu; expected .*\[2, 2, 3, 32\]"),
+        ({"new_v": q[:, :2, :2]}, r"new_v is .*\[2, 2, 2, 32\] on cpu; expected .*\[2, 2, 3, 32\]"),
+        ({"stored": positions[:, 0]}, r"stored is .*\[2\] on cpu; expected torch.int64 \[2, 3\] or \[3\]"),
     ):
         with pytest.raises(ValueError, match=f"kv_attention: {message}"):
             op(*(good | change).values())
@@ -318,6 +327,119 @@ def test_decoding_step_by_step_in_graphs(fresh_compiler):
         exported = torch.export.export(Layers(*made), example, dynamic_shapes=({2: dim}, {1: dim}), strict=False)
         assert any("aograph" in str(node.target) for node in exported.graph.nodes) == (made is ops)
         torch.testing.assert_close(steps(exported.module(), x), expected)
+
+
+# --- tokens as they were before they were stored ------------------------------------------------------------
+
+
+def fresh(B, H, stored, D, Dv=None, dtype=torch.float32):
+    """new_k, new_v, stored: tokens unlike what any cache holds of them, neighbours in memory by token."""
+    T = stored.shape[-1]
+    new = [torch.randn(B, T, H, size).to(dtype).transpose(1, 2) * 2 for size in (D, Dv or D)]
+    return *new, stored
+
+
+@each
+@floats
+def test_many_tokens_are_read_as_they_were(form, dtype):
+    """Over blocks of 16 positions, at the front, in the middle and at the end; 1, 4 and 8 query heads."""
+    B, H, S, D = 3, 2, 70, 32
+    for T, G in ((17, 1), (17, 8), (33, 4)):
+        stored = torch.tensor([0, 20, S - T])[:, None] + torch.arange(T)
+        q = torch.randn(B, T, G * H, D).to(dtype).transpose(1, 2)
+        arguments = q, *caches(form, B, H, S, D), stored, None, None, D**-0.5, 0.0, 0
+        check(*arguments, None, None, None, *fresh(B, H, stored, D, dtype=dtype))
+    check(*arguments, None, None, None, *fresh(B, H, torch.randperm(S)[:T], D))
+
+
+@pytest.mark.parametrize("keys", ["by token", "by channel"])
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("dtype", [None, torch.bool, torch.float32])
+def test_what_many_tokens_see(keys, window, softcap, dtype):
+    """Padded rows, whose positions are not where they were stored, masks and sinks; a row that sees no token."""
+    B, H, S, D, T = 3, 2, 38, 32, 18
+    stored = torch.tensor([3, 0, 20])[:, None] + torch.arange(T)
+    positions = stored + torch.tensor([4, -2, -100])[:, None]
+    mask = None if dtype is None else torch.rand(B, 1, T, S) < 0.6
+    if dtype is torch.float32:
+        mask = torch.randn(mask.shape).masked_fill(~mask, -math.inf)
+    if keys == "by token":
+        tensors, held = caches(INT4, B, H, S, D), (None, None)
+    else:
+        tensors, held = by_channel(B, H, S, D, [2, 2, 4])
+    arguments = torch.randn(B, 2 * H, T, D), *tensors, positions, torch.tensor([0, 5, 0]), mask, 0.3, softcap, window
+    check(*arguments, *held, None if softcap else torch.randn(2 * H), *fresh(B, H, stored, D))
+
+
+def test_few_tokens_read_themselves_back():
+    stored = torch.arange(3, 20)
+    for T, same in ((16, True), (17, False)):
+        arguments = torch.randn(2, 4, T, 32), *caches(INT8, 2, 2, 40, 32), stored[:T].expand(2, -1)
+        arguments = *arguments, None, None, 0.2, 0.0, 0
+        for name in ("reference", "blocks"):
+            expected = op.run(*arguments, implementation=name)
+            new = fresh(2, 2, stored[:T], 32)
+            assert op.run(*arguments, None, None, None, *new, implementation=name).equal(expected) == same
+
+
+def test_nan_in_tokens_comes_out_where_they_are_seen():
+    stored = torch.arange(20, 38)
+    q, tensors = torch.randn(2, 4, 18, 32), caches(INT8, 2, 2, 40, 32)
+    positions = stored.expand(2, -1).clamp(max=36)
+    for name in ("reference", "blocks"):
+        for place, seen in ((17, False), (16, True)):
+            for which in (0, 1):
+                new = fresh(2, 2, stored, 32)
+                new[which][0, 1, place] = math.nan
+                arguments = q, *tensors, positions, None, None, 0.2, 0.0, 0, None, None, None, *new
+                y = op.run(*arguments, implementation=name)
+                assert bool(y[0, 2:, -1].isnan().all()) == seen and y[0, :2].isfinite().all() and y[1].isfinite().all()
+
+
+def test_outliers_of_new_tokens_are_not_rounded():
+    """A cache in int4 whose tokens have one channel that is far larger: rounded, all the others suffer."""
+    B, H, S, D, T = 1, 2, 40, 32, 39
+    x = torch.randn(2, B, H, S, D)
+    x[..., 3] *= 100
+    packed = [tensor for each in x for tensor in INT4.quantize(each)]
+    q, positions = torch.randn(B, H, T, D), torch.arange(S - T, S)
+    seen = positions[None], None, None, 0.02, 0.0, 0
+    expected = F.scaled_dot_product_attention(q, *x, torch.arange(S) <= positions[:, None], scale=0.02)
+    new = *(each[:, :, -T:] for each in x), positions
+    found = [op(q, *packed, *seen, None, None, None, *last) for last in ((None,) * 3, new)]
+    rounded, exact = ((each - expected)[..., 8:].norm() for each in found)
+    assert exact < rounded / 2
+
+
+class Prompt(torch.nn.Module):
+    def __init__(self, attend):
+        super().__init__()
+        self.attend = attend
+
+    def forward(self, q, new_k, new_v, stored, *tensors):
+        seen = stored, None, None, 0.2, 0.0, 0
+        packed, held = tensors[:4], tensors[4:] or (None, None)
+        return self.attend(q, *packed, *seen, *held, None, new_k, new_v, stored)
+
+
+def test_in_a_graph_the_number_of_tokens_decides():
+    B, H, S, D = 2, 2, 40, 32
+    dim = torch.export.Dim("T", max=S)
+    for tensors, held in ((caches(INT8, B, H, S, D), ()), by_channel(B, H, S, D, [1, 2])):
+        given = *tensors, *held
+        shapes = *({2: dim},) * 3, {1: dim}, ({},) * len(given)
+
+        def inputs(T, given=given):
+            stored = torch.arange(2, T + 2).repeat(B, 1)
+            return torch.randn(B, 4, T, D), *fresh(B, H, stored, D), *given
+
+        example = [each.contiguous() for each in inputs(3)]
+        traced = Prompt(lambda *args: op.apply(op.standalone(CASE, 1, S), *args))
+        exported = torch.export.export(traced, tuple(example), dynamic_shapes=shapes, strict=False)
+        for T in (3, 16, 17, 30):
+            call = [each.contiguous() for each in inputs(T)]
+            torch.testing.assert_close(exported.module()(*call), Prompt(op)(*call))
 
 
 # --- keys by channel ---------------------------------------------------------------------------------------

@@ -37,11 +37,11 @@ def sdpa(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
 
-def inputs(form, first=0, mask=None):
-    positions = torch.arange(first, first + T)
+def inputs(form, first=0, mask=None, tokens=T):
+    positions = torch.arange(first, first + tokens)
     mask = torch.arange(S) <= positions[:, None] if mask is None else mask
     caches = [*form.empty(B, H, S, D), *replace(form, block=None).empty(B, H, S, D)]
-    return torch.randn(B, HQ, T, D), torch.randn(B, H, T, D), positions, mask, *caches
+    return torch.randn(B, HQ, tokens, D), torch.randn(B, H, tokens, D), positions, mask, *caches
 
 
 def rewritten(model, values):
@@ -75,6 +75,20 @@ def test_a_mask_is_read_up_to_the_newest_token():
     program.graph_module.recompile()
     program.graph_module(*values)
     assert torch.equal(seen[0], torch.full((B, T), 20 + T - 1))
+
+
+@pytest.mark.parametrize("form", [INT4, INT4_CHANNEL], ids=["int4", "channel"])
+@pytest.mark.parametrize("tokens", [16, 17])
+def test_many_tokens_are_read_as_they_were_stored(form, tokens):
+    """Of a prompt there are none that are rounded, and few tokens are told nothing."""
+    values = inputs(form, tokens=tokens)
+    program, _ = rewritten(Given(sdpa), values)
+    q, new, _, mask, *_ = values
+    expected = sdpa(q, *[F.pad(new, (0, 0, 0, S - tokens))] * 2, mask)
+    found = program.graph_module(*values)[0] - expected
+    fresh = find(program, "aograph.kv_attention").args[14:]
+    assert len(fresh) == (3 if tokens > 16 else 0)
+    assert (found.norm() < 1e-5 * expected.norm()) == (tokens > 16)
 
 
 def test_a_mask_that_is_a_length():

@@ -11,7 +11,7 @@ from torch import nn
 import aograph
 from aograph import KV4, InputError, WeightError, pipeline
 from aograph.recipe import Recipe
-from tests.programs import apply, operators, program_of, up_to
+from tests.programs import apply, find, operators, program_of, up_to
 
 B, H, S, D = 2, 2, 32, 16
 
@@ -222,6 +222,100 @@ def test_rows_of_one(tokens):
 
 def test_one_row_and_another_head_size():
     check(Attention(rows=1, size=48, heads=6, attention=ATTENTIONS["sdpa, repeat_kv"]), prefill=7)
+
+
+# --- many tokens as they were before they were stored ------------------------------------------------------
+
+
+def fresh(program):
+    """What the attention of a program knows of its own tokens."""
+    return find(program, "aograph.kv_attention").args[14:]
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES.keys())
+def test_many_tokens_attend_to_themselves_as_they_are(update):
+    model = Attention(update)
+    fast = optimized(model, "kv4(group_size=16, keys=token)")
+    program = fast._captures[0][1].program
+    assert len(fresh(program)) == 3 and None not in fresh(program)
+    x = texts(28)
+    with torch.no_grad():
+        for part, rounded in ((slice(0, 20), False), (slice(20, 28), True)):
+            step = x[:, part], torch.arange(28)[part]
+            assert (error(fast(*step), model(*step)) > 1e-3) == rounded
+
+
+@pytest.mark.parametrize("tokens, known", [(1, False), (16, False), (17, True)])
+def test_few_tokens_are_told_nothing(tokens, known):
+    fast = optimized(Attention(), tokens=tokens, dynamic_shapes={})
+    assert bool(fresh(fast._captures[0][1].program)) == known
+    assert all(row.notes == ["the mask is a length"] for row in fast.report.caches)
+
+
+class Storing(Attention):
+    """`attend(module, q, k, v, positions)` stores keys and values and attends to them."""
+
+    def __init__(self, attend):
+        super().__init__()
+        self.attend = attend
+        self.register_buffer("at", torch.arange(20))
+
+    def forward(self, x, positions):
+        q, k, v = (f(x).view(B, -1, H, D).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.o(self.attend(self, q, k, v, positions).transpose(1, 2).flatten(2))
+
+
+def overwritten(m, q, k, v, positions):
+    index_copy(m.keys, k, positions), index_copy(m.values, v, positions)
+    k.zero_(), v.zero_()
+    return sdpa(q, m.keys, m.values, m.mask(positions))
+
+
+def ahead(m, q, k, v, positions):
+    y = sdpa(q, m.keys, m.values, m.mask(positions))
+    index_copy(m.keys, k, positions), index_copy(m.values, v, positions)
+    return y
+
+
+def without_the_first_token(m, q, k, v, positions):
+    index_copy(m.keys, k, positions), index_copy(m.values, v, positions)
+    return sdpa(q[:, :, 1:], m.keys, m.values, m.mask(positions[1:]))
+
+
+def elsewhere(m, q, k, v, positions):
+    index_copy(m.keys, k, positions), index_copy(m.values, v, positions.flip(0))
+    return sdpa(q, m.keys, m.values, m.mask(positions))
+
+
+def counted_on(m, q, k, v, positions):
+    index_copy(m.keys, k, m.at), index_copy(m.values, v, m.at)
+    m.at += 1
+    return sdpa(q, m.keys, m.values, m.mask(positions))
+
+
+ROUNDED = {
+    ahead: "the graph does not store them ahead of the attention",
+    without_the_first_token: "are stored",
+    elsewhere: "keys and values may not be stored at the same positions",
+    counted_on: "keys and values may not be stored at the same positions",
+}
+
+
+def test_tokens_that_are_written_once_they_are_stored():
+    model, example = Storing(overwritten), (texts(20), torch.arange(20))
+    fast = optimized(model, "kv4(group_size=16, keys=token)")
+    with torch.no_grad():
+        assert error(fast(*example), model(*example)) < 1e-3
+
+
+@pytest.mark.parametrize("attend, why", ROUNDED.items(), ids=[each.__name__ for each in ROUNDED])
+def test_what_is_not_known_of_tokens_is_said(attend, why):
+    model, example = Storing(attend), (texts(20), torch.arange(20))
+    fast = optimized(model, tokens=20, dynamic_shapes={})
+    notes = {note for row in fast.report.caches for note in row.notes}
+    assert any(note.startswith("tokens are read back rounded: ") and why in note for note in notes), notes
+    with torch.no_grad():
+        assert 1e-3 < error(fast(*example), model(*example)) < 0.02 or attend is ahead
 
 
 class ByPositionOfRows(Attention):

@@ -10,6 +10,7 @@ from aograph.patterns.language import (
     P,
     Rule,
     Weight,
+    alike,
     arguments,
     constant,
     match,
@@ -101,6 +102,20 @@ def test_what_stays_is_written_through_no_view():
     program = program_of(Buffers(forward), X)
     assert not stays(find(program, "aten.t")) and not stays(find(program, "aten.relu"))
     assert stays(find(program, "aten.exp"))
+
+
+def test_what_is_alike_is_computed_alike_of_what_stays():
+    def forward(m, x, y):
+        z = x.relu()
+        pairs = [(x.exp() + 1, x.exp() + 1), (y.expand_as(x + 1), y.expand_as(x + 2)), (x.neg(), x.neg())]
+        pairs += [(x.exp() + 1, x.exp() + 2), (x.cos(), y.cos()), (torch.rand_like(x), torch.rand_like(x))]
+        before = z.sin()
+        z.add_(1)
+        return [value for pair in [*pairs, (before, z.sin())] for value in pair]
+
+    program = program_of(forward, X, torch.randn(4, 8))
+    found = program.graph.output_node().args[0]
+    assert [alike(*pair) for pair in zip(found[::2], found[1::2], strict=True)] == [True] * 3 + [False] * 4
 
 
 def test_a_view_of_a_written_weight_is_no_constant():
