@@ -29,8 +29,8 @@ from torch.fx import Graph, Node
 
 __all__ = [
     "Any", "Builder", "Either", "Match", "Maybe", "Miss", "P", "Rule", "Weight",
-    "arguments", "constant", "fake_mode", "fit", "inherit", "match", "mutates", "packet", "propagate", "rewrite",
-    "stays", "views_of", "written",
+    "arguments", "batched", "constant", "fake_mode", "fit", "inherit", "match", "mutates", "packet", "propagate",
+    "rewrite", "stays", "views_of", "written",
 ]  # fmt: skip
 
 
@@ -107,6 +107,12 @@ def stays(node: Node) -> bool:
     """Whether nothing writes what a node holds, through whatever view."""
     sources = [source for source in node.all_input_nodes if node in views_of(source)]
     return written(node) is None and all(map(stays, sources))
+
+
+def batched(node: Node) -> bool:
+    """Whether what a node computes is batched by a level of vmap, outside of which torch computes nothing with it."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_batchedtensor(value)
 
 
 def constant(value: Value) -> bool:
@@ -285,9 +291,9 @@ class Miss:
 
 
 def match(pattern: P, node: Node) -> Match | Miss:
-    """Fits `pattern` to `node`; linear in the size of the pattern."""
+    """Fits `pattern` to `node`; linear in the size of the pattern. Nothing fits what is inside of torch.vmap."""
     found = Match(node)
-    reason = pattern.fit(node, found)
+    reason = "it is inside of torch.vmap" if batched(node) else pattern.fit(node, found)
     return found if reason is None else Miss(reason, found.progress)
 
 

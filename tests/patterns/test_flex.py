@@ -1,7 +1,12 @@
 """FlexAttention over caches: what its two functions say, as a rewrite of a model that uses it."""
 
+import copy
+
 import pytest
 import torch
+from aograph.kernels.kv_cache import INT8
+from aograph.kernels.kv_dequantize import kv_dequantize
+from aograph.kernels.kv_update import kv_update
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -31,11 +36,14 @@ class Flex(nn.Module):
         q, k, v = self.x(x).view(B, -1, 8, D).transpose(1, 2).split([4, H, H], 1)
         self.keys.index_copy_(2, positions, k)
         self.values.index_copy_(2, positions, v)
+        return self.attention(q, self.keys, self.values, positions, start)
+
+    def attention(self, q, keys, values, positions, start):
         mask = None
         if self.visible is not None:
-            lengths, mask_mod = (x.shape[1], S), self.visible(positions, start)
+            lengths, mask_mod = (q.shape[2], S), self.visible(positions, start)
             mask = BlockMask.from_kv_blocks(self.num_blocks, self.blocks, mask_mod=mask_mod, seq_lengths=lengths)
-        return flex_attention(q, self.keys, self.values, self.score_mod, mask, scale=0.3, enable_gqa=True)
+        return flex_attention(q, keys, values, self.score_mod, mask, scale=0.3, enable_gqa=True)
 
 
 def example(tokens=T, first=8):
@@ -121,6 +129,40 @@ def test_masks_that_are_known():
             arguments = example(tokens, first)
             for visible, expected, found in zip(KNOWN, model(*arguments), fast(*arguments), strict=True):
                 assert 0 < (found - expected).norm() / expected.norm() < 0.03, visible
+
+
+class Packed(Flex):
+    """The same on caches that came packed."""
+
+    def forward(self, x, positions, start, keys, values):
+        q, k, v = self.x(x).view(B, -1, 8, D).transpose(1, 2).split([4, H, H], 1)
+        read = []
+        for packed, new in ((keys, k), (values, v)):
+            kv_update.overload(*packed, new, positions)
+            read.append(kv_dequantize.overload(*packed, x.dtype))
+        return self.attention(q, *read, positions, start)
+
+
+class PackedLayers(nn.ModuleList):
+    def forward(self, x, positions, start, caches):
+        return [layer(x, positions, start, *cache) for layer, cache in zip(self, caches, strict=True)]
+
+
+def test_packed_caches_behind_torch_compile(fresh_compiler):
+    """What flex_attention of the unpacked caches gives; a mask that is not known has its reason."""
+    masks = [causal, padded_window, by_row, None, documents]
+    model = PackedLayers(Packed(each, capped if each in (causal, None) else None) for each in masks).eval()
+    (inputs, caches), reports = (example(5, 11), [[INT8.empty(B, H, S, D) for _ in "kv"] for _ in masks]), []
+    options = {"recipe": "kv8", "compile": False, "report": reports.append}
+    fast = torch.compile(model, backend="aograph", fullgraph=True, options=options)
+    with torch.no_grad():
+        found, expected = fast(*inputs, copy.deepcopy(caches)), model(*inputs, caches)
+    for each, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(each, other, rtol=1e-4, atol=1e-5)
+    rows = reports[0].caches
+    assert [row.notes for row in rows[:-2]] == [["the mask is a length"]] * 2 * len(masks[:-1])
+    assert [row.outcome for row in rows] == ["rewritten"] * len(rows[:-2]) + ["near miss"] * 2
+    assert all("read by flex_attention: its mask_mod has aten.eq" in note for row in rows[-2:] for note in row.notes)
 
 
 def test_a_mask_that_is_not_known_still_runs():
