@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from .attention import lengths, read
 from .broadcast import Dims, Size, aligned, arranged, behind, counts, size, sizes
-from .flex import AND, SIDES, Sum, bounds, computed
+from .flex import AND, SIDES, Grid, Sum, bounds
 from .language import Builder, Match, arguments, packet, stays
 
 aten = torch.ops.aten
@@ -89,13 +89,15 @@ def seen(m: Match, g: Builder) -> Seen:
 
 
 def said_by_flex(m: Match, g: Builder, B: Size, T: Size) -> Seen:
-    known, of = bounds(m.block_mask[-1]), (list(m.mask_inputs), B, T, m.key.meta["val"].device)
-    last = Sum(m.key.meta["val"].shape[2] - 1) if known.last is None else known.last
-    start = None
+    known, cache = bounds(m.block_mask[-1]), m.key.meta["val"]
+    rows = Grid(g, list(m.mask_inputs), {"b": B, "q_idx": T}, cache.device)
+    whole = replace(rows, sizes={"b": B, "h": size(g, m.q, 1), "q_idx": T, "kv_idx": size(g, read(m), 2)})
+    start = mask = None
     if known.first is not None:
-        start = g.call(aten.select.int, computed(known.first, g, *of), 1, 0)
-        start = g.call(aten.expand.default, start, [B])
-    return Seen(computed(last, g, *of), start, None, known.window)
+        start = g.call(aten.expand.default, g.call(aten.select.int, rows.sum(known.first), 1, 0), [B])
+    for each in map(whole.read, known.shown):
+        mask = each if mask is None else g.call(aten.logical_and.default, mask, each)
+    return Seen(rows.sum(known.last or Sum(cache.shape[2] - 1)), start, mask, known.window)
 
 
 def said_by_mask(m: Match, g: Builder, T: Size) -> Seen:

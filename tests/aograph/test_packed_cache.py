@@ -48,11 +48,15 @@ def error(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def steps(model, tokens, cache, cuts=(5, 1, 1, 1)):
-    """The logits of the last token of each piece."""
-    pieces = tokens.split(list(cuts), 1)
-    with torch.no_grad():
-        return torch.stack([model(piece, past_key_values=cache).logits[:, -1] for piece in pieces])
+def steps(model, tokens, cache, cuts=(5, 1, 1, 1), mask=None):
+    """The logits of the last token of each piece; mask [B, S]: of padding."""
+    found, end = [], 0 if mask is None else mask.shape[1] - tokens.shape[1]
+    for piece in tokens.split(list(cuts), 1):
+        end += piece.shape[1]
+        more = {} if mask is None else {"attention_mask": mask[:, :end]}
+        with torch.no_grad():
+            found.append(model(piece, past_key_values=cache, **more).logits[:, -1])
+    return torch.stack(found)
 
 
 def is_packed(cache, recipe):
@@ -114,6 +118,21 @@ def test_generate(mini, door, recipe, fresh_compiler):
             assert {row.name for row in report.caches} == {"key_0", "value_0", "key_1", "value_1"}
             assert all((row.outcome, row.scheme) == ("rewritten", recipe) for row in report.caches), report
         assert len(seen) == 2  # one for the prompt, one for all tokens
+
+
+@pytest.mark.filterwarnings("ignore:the recipe .* rewrote nothing")
+def test_flex_attention_behind_torch_compile(fresh_compiler):
+    """Rows padded on the left; Dynamo leaves transformers' making of the mask out, so that attention is in a graph of
+    its own. Its mask_mod reads the length of the cache after it has grown."""
+    (tokens, mask), plain = prompts().values(), tiny()
+    expected = steps(plain, tokens, StaticCache(plain.config, max_cache_len=LENGTH), (8, 1), mask)[1:]
+    cache = PackedCache(plain, "kv8", 2, LENGTH)
+    steps(plain, tokens[:, :8], cache, (8,), mask)
+    model, reports = compiled(tiny(attn_implementation="flex_attention"), "kv8")
+    assert model.config._attn_implementation == "flex_attention" and PackedCache(model, "kv8").token_bytes
+    assert 0 < error(steps(model, tokens[:, 8:], cache, (1,), mask), expected) < LARGEST["kv8"]
+    rows = [row for report in reports for row in report.caches]
+    assert {(row.name, row.outcome) for row in rows} == {("key_0", "rewritten"), ("value_0", "rewritten")}
 
 
 @pytest.mark.parametrize("door", [as_it_is, optimized], ids=lambda door: door.__name__)
