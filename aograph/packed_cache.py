@@ -235,7 +235,7 @@ def shapes_of(model: Any) -> list[CacheShape]:
     """What the layers of a model put into a cache. Raises `InputError` where that is not keys and values alone."""
     known = model.dtype, model.config.get_text_config().num_hidden_layers
     if SHAPES.get(model, (None,))[0] != known:
-        twin = copy.copy(model)
+        twin: Any = copy.copy(model)
         twin.__dict__.pop("forward", None)  # where it was compiled
         twin = on_meta(twin)
         twin.set_attn_implementation("eager")  # others do not all run on meta
