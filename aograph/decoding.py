@@ -10,10 +10,11 @@ codes and scales (`kernels/kv_cache.py`) in the place of each cache that the rul
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,12 +122,34 @@ def step_of(model: nn.Module, layers: int, length: int) -> nn.Module:
 
 def run(model: nn.Module, input_ids: Tensor, positions: Tensor, cache: StaticRows, length: int) -> Tensor:
     """The logits [B, V] of the last token."""
-    mask = (torch.arange(length, device=positions.device) <= positions[:, :, None])[:, None]
+    mask = masks(model, positions, length)
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     outputs = model(
         input_ids=input_ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True, **last
     )
     return outputs.logits[:, -1]
+
+
+def masks(model: Any, positions: Tensor, length: int) -> Tensor | dict[str, Tensor]:
+    """What tokens see of a cache, [B, 1, T, length]; by kinds of layers, where some slide over fewer tokens.
+
+    Booleans; where attention adds its mask, zeros and what hides.
+    """
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    index, last = torch.arange(length, device=positions.device), positions[:, :, None]
+    full = (index <= last)[:, None]
+    if window is None or window >= length:
+        found = {"full_attention": full}
+    else:
+        slides = full & (index > last - window)[:, None]
+        found = {kind: slides if kind == "sliding_attention" else full for kind in kinds or ["sliding_attention"]}
+    if getattr(config, "_attn_implementation", None) == "eager":
+        hidden = torch.finfo(model.dtype).min
+        found = {
+            kind: torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, hidden) for kind, mask in found.items()
+        }
+    return found if len(found) > 1 else next(iter(found.values()))
 
 
 def default_length(model: nn.Module) -> int:
@@ -151,9 +174,6 @@ def cache_shapes(model: Any, length: int) -> list[CacheShape]:
         raise NoSteps(f"{type(model).__name__} takes no {' and no '.join(sorted(missing))}")
     if other := set(getattr(config, "layer_types", None) or ()) - set(LAYERS):
         raise NoSteps(f"the state of its layers of type {', '.join(sorted(other))} is not keys and values of tokens")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < length:
-        raise NoSteps(f"its attention slides over {window} tokens, fewer than max_length = {length}")
     weight = next(model.parameters())  # all are on one device
     shapes = layer_shapes(model)
     if not weight.is_meta:
@@ -182,16 +202,40 @@ def layer_shapes(model: Any) -> list[CacheShape]:
 
 
 def check_step(model: nn.Module, shapes: Sequence[CacheShape], device: torch.device) -> None:
-    """Raises `NoSteps` unless four tokens at once and two more one by one give the logits of the model itself."""
+    """Raises `NoSteps` unless four tokens at once and two more one by one give the logits of the model itself.
+
+    Attention that slides does so over three tokens.
+    """
     ids = torch.arange(1, 7, device=device)[None]
     positions = ids - 1
     cache = [tensor for shape in shapes for tensor in shape.empty(1, 8, device)]
     step = step_of(model, len(shapes), 8)
-    expected = model(input_ids=ids, use_cache=False).logits.float()
-    for start, stop in ((0, 4), (4, 5), (5, 6)):
-        logits = step.forward(ids[:, start:stop], positions[:, start:stop], *cache).float()
-        if not (logits - expected[:, stop - 1]).norm() <= 0.05 * expected[:, stop - 1].norm():
-            raise NoSteps("with a static cache it computes something else: it does not follow the mask or positions")
+    with narrow_window(model, 3):
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        for start, stop in ((0, 4), (4, 5), (5, 6)):
+            try:
+                logits = step.forward(ids[:, start:stop], positions[:, start:stop], *cache).float()
+            except Exception as error:
+                raise NoSteps(f"it does not run with a static cache: {first_line(error)}") from error
+            if not (logits - expected[:, stop - 1]).norm() <= 0.05 * expected[:, stop - 1].norm():
+                raise NoSteps(
+                    "with a static cache it computes something else: it does not follow the mask or positions"
+                )
+
+
+@contextlib.contextmanager
+def narrow_window(model: Any, tokens: int) -> Iterator[None]:
+    """Layers that slide over tokens do so over a few."""
+    config: Any = model.config.get_text_config() if hasattr(model, "config") else None
+    before = getattr(config, "sliding_window", None)
+    if before is None:
+        yield
+        return
+    config.sliding_window = tokens
+    try:
+        yield
+    finally:
+        config.sliding_window = before
 
 
 def first_line(error: Exception) -> str:

@@ -46,7 +46,7 @@ def from_dynamo(
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     fakes = [n.meta["example_value"] for n in placeholders]
     mode = next(f.fake_mode for f in fakes if hasattr(f, "fake_mode"))
-    interpreter, records = Interpreter(graph_module), torch.is_grad_enabled()
+    interpreter, records = Levels(graph_module), torch.is_grad_enabled()
     with mode, torch.set_grad_enabled(records), torch.fx.traceback.preserve_node_meta():
         traced = make_fx(lambda *flat: interpreter.run(*flat), pre_dispatch=True)(*fakes)
 
@@ -85,9 +85,30 @@ def from_dynamo(
             node.meta["val"], (records,) = None, node.args
         if isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns:
             node.meta["val"] = None
+        if of_levels(node.target):
+            node.meta.setdefault("val", None)
         node.meta["grad"] = records
     ranges = {s: as_bound(r) for s, r in mode.shape_env.var_to_range.items()} if mode.shape_env else {}
     return DynamoGraph(program_of(traced, state, names, ranges), kept, weights, shared)
+
+
+class Levels(Interpreter):
+    """Runs a graph; the beginnings and ends of levels of vmap, and what is batched in them, are traced as calls, which
+    torch does only where it exports."""
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not of_levels(target):
+            return super().call_function(target, args, kwargs)
+        before, torch.compiler._is_exporting_flag = torch.compiler._is_exporting_flag, True
+        try:
+            return super().call_function(target, args, kwargs)
+        finally:
+            torch.compiler._is_exporting_flag = before
+
+
+def of_levels(target: Any) -> bool:
+    """Whether a call is one of those that levels of vmap consist of."""
+    return getattr(target, "__module__", None) == "torch._functorch.predispatch"
 
 
 def is_weight(value: Any, source: str, names: Mapping[int, list[str]]) -> bool:

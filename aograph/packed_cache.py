@@ -73,6 +73,11 @@ class PackedLayer(StaticLayer):
         self.cumulative_length.add_(count)
         return found[0], found[1]
 
+    def get_seq_length(self) -> Any:
+        """Tokens stored so far; a tensor of its own: a mask_mod of FlexAttention reads it after `update`."""
+        found = super().get_seq_length()
+        return found.clone() if isinstance(found, Tensor) else found
+
     def reset(self) -> None:
         """Forgets all tokens; the tensors stay where they are."""
         for tensor in self.tensors:
@@ -230,10 +235,12 @@ def shapes_of(model: Any) -> list[CacheShape]:
     """What the layers of a model put into a cache. Raises `InputError` where that is not keys and values alone."""
     known = model.dtype, model.config.get_text_config().num_hidden_layers
     if SHAPES.get(model, (None,))[0] != known:
-        twin = copy.copy(model)
+        twin: Any = copy.copy(model)
         twin.__dict__.pop("forward", None)  # where it was compiled
+        twin = on_meta(twin)
+        twin.set_attn_implementation("eager")  # others do not all run on meta
         try:
-            SHAPES[model] = known, layer_shapes(on_meta(twin))
+            SHAPES[model] = known, layer_shapes(twin)
         except NoSteps as error:
             raise InputError(f"{type(model).__name__} cannot have a packed cache: {error}") from error
     return SHAPES[model][1]

@@ -11,7 +11,7 @@ from torch.fx import Node
 from .errors import PassError
 from .kernels.op import OPS
 from .kernels.prune24 import prune24
-from .patterns.language import propagate
+from .patterns.language import batched, propagate
 from .program import Program, describe, expression
 
 # Operators whose result has sizes that only the data decide: a fresh propagation gives fresh symbols.
@@ -21,9 +21,9 @@ DATA_DEPENDENT = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_outpu
 def verify(program: Program) -> None:
     """Raises `PassError` at the first violation.
 
-    The graph is well formed and in topological order; every call's `meta["val"]` is what a fresh propagation gives;
-    every weight has a tensor or is packed, and none is left over; aograph's ops get dtypes that they take; no other
-    name of a tied weight has come back as a weight of its own.
+    The graph is well formed and in topological order; every call's `meta["val"]` is what a fresh propagation gives,
+    which inside of torch.vmap nothing can; every weight has a tensor or is packed, and none is left over; aograph's ops
+    get dtypes that they take; no other name of a tied weight has come back as a weight of its own.
     """
     try:
         program.graph.lint()
@@ -58,7 +58,8 @@ def verify_call(node: Node) -> None:
         return
     if "val" not in node.meta:
         raise PassError(f"{node.format_node()} has no meta['val']")
-    if not isinstance(node.target, torch._ops.HigherOrderOperator) and not DATA_DEPENDENT & set(tags(node)):
+    known = not isinstance(node.target, torch._ops.HigherOrderOperator) and not DATA_DEPENDENT & set(tags(node))
+    if known and not any(map(batched, (node, *node.all_input_nodes))):
         try:
             fresh = propagate(node)
         except Exception as error:

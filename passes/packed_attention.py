@@ -14,7 +14,8 @@ from torch.fx import Node
 
 from ..kernels.kv_dequantize import kv_dequantize
 from ..kernels.kv_update import kv_update
-from ..patterns.cache import ATTENTIONS, may_attend, memory
+from ..patterns.attention import ATTENTIONS, may_attend
+from ..patterns.cache import memory
 from ..patterns.language import Match, Miss, match, mutates
 from ..program import Program
 from ..report import NEAR_MISS, REWRITTEN

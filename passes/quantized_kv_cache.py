@@ -19,19 +19,11 @@ from ..expression import Expression
 from ..kernels.kv_attention import kv_attention
 from ..kernels.kv_cache import FEW, FLOATS
 from ..kernels.kv_update import kv_update
-from ..patterns.cache import (
-    ATTENTIONS,
-    UPDATES,
-    Update,
-    may_attend,
-    memory,
-    scale_of,
-    seen,
-    sinks_of,
-    sizes,
-    softcap_of,
-)
+from ..patterns.attention import ATTENTIONS, may_attend, scale_of, sinks_of, softcap_of
+from ..patterns.broadcast import sizes
+from ..patterns.cache import UPDATES, Update, memory
 from ..patterns.language import Builder, Match, Miss, alike, match, mutates, packet, propagate, stays, views_of
+from ..patterns.masks import seen
 from ..program import CacheSite, Program, expression, hint, nbytes
 from ..report import NEAR_MISS, REWRITTEN, SKIPPED
 from ..weights import Pack

@@ -2,8 +2,8 @@
 
 `score_mod` may leave scores as they are, or cap them by tanh. `mask_mod` may be a conjunction of comparisons of
 kv_idx with sums of q_idx, numbers, and tensors indexed with b and q_idx: up to which position a token sees, from which
-on its row does, and how many of the newest. The meaning is mask_mod's: blocks that a BlockMask leaves out besides, or
-takes whole, are taken to be those of it.
+on its row does, and how many of the newest; and of booleans read from tensors, such as what is no padding. The meaning
+is mask_mod's: blocks that a BlockMask leaves out besides, or takes whole, are taken to be those of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, Node
@@ -23,6 +23,8 @@ AND = {aten.bitwise_and, aten.logical_and, aten.__and__}
 CASTS = {aten.to, aten._to_copy, aten.clone, aten.alias, aten.lift_fresh_copy}
 ALL = {aten.new_ones: None, aten.ones: None, aten.full: 1, aten.new_full: 2}  # constants, and where they have it
 SIDES = {aten.le: (1, 0), aten.lt: (1, -1), aten.ge: (-1, 0), aten.gt: (-1, -1)}  # a ? b: sign · (a - b) <= slack
+READS = {aten.index, torch.ops.higher_order.flat_apply}  # tensor[indices]; as torch.export writes it
+INTEGERS = {torch.int64, torch.int32}
 INDICES = ("b", "h", "q_idx", "kv_idx")
 
 
@@ -63,11 +65,13 @@ class Sum:
 
 @dataclass(frozen=True)
 class Bounds:
-    """A token sees `first` … `last`, None: from or to the end; of them only the newest `window`, 0: all."""
+    """A token sees `first` … `last`, None: from or to the end; of them only the newest `window`, 0: all; and of those
+    what all of `shown` say, which read booleans."""
 
     last: Sum | None
     first: Sum | None
     window: int
+    shown: tuple[Read, ...] = ()
 
 
 class Unknown(Exception):
@@ -115,13 +119,16 @@ def bounds(mask_mod: object) -> Bounds | str:
         return "its mask_mod is no function"
     places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     try:
-        return joined([compared(part, places) for part in factors(result(graph))])
+        parts = factors(result(graph))
+        shown = [read(each, places) for each in parts if packet(each.target) in READS]
+        found = joined([compared(each, places) for each in parts if packet(each.target) not in READS])
+        return replace(found, shown=tuple(shown))
     except Unknown as why:
         return f"its mask_mod {why}"
 
 
 def factors(value: object) -> list[Node]:
-    """The comparisons that all have to hold."""
+    """The comparisons and booleans that all have to hold."""
     if not isinstance(value, Node) or value.op != "call_function":
         raise Unknown(f"returns {value}")
     kind, given = packet(value.target), arguments(value)
@@ -137,7 +144,7 @@ def compared(node: Node, places: dict[Node, int]) -> tuple[int, Sum]:
     """(1, s) of kv_idx <= s, (-1, s) of kv_idx >= s."""
     kind = packet(node.target)
     if kind not in SIDES:
-        raise Unknown(f"has {node.target}: it may be comparisons of kv_idx by <, <=, >, >=, joined by &")
+        raise Unknown(f"has {node.target}: it may be comparisons of kv_idx by <, <=, >, >=, and booleans, joined by &")
     sign, slack = SIDES[kind]
     left, right = (total(each, places) for each in arguments(node)[:2])
     above = left.plus(right, -1)  # sign · above <= slack
@@ -177,7 +184,7 @@ def read(value: object, places: dict[Node, int]) -> Read | Sum:
     if kind is aten.index:
         tensor, indices = given[0], given[1]
     elif kind is torch.ops.higher_order.flat_apply and str(given[2]).endswith("ModIndex"):
-        tensor, *indices = given[3:]  # tensor[indices], as torch.export writes it
+        tensor, *indices = given[3:]
     else:
         raise Unknown(f"has {value.target}")
     base = read(tensor, places)
@@ -205,28 +212,37 @@ def joined(parts: list[tuple[int, Sum]]) -> Bounds:
 # --- as nodes ----------------------------------------------------------------------------------------------
 
 
-def computed(s: Sum, g: Builder, inputs: list, B: object, T: object, device: torch.device) -> Node:
-    """[B or 1, T or 1] int64."""
+@dataclass(frozen=True)
+class Grid:
+    """Where sums become nodes: inputs of mask_mod, and the sizes of the indices that a result has a dimension for."""
 
-    def counted(count: object, dim: int) -> Node:
-        found = g.call(aten.arange.default, count, dtype=torch.int64, device=device)
-        return g.call(aten.unsqueeze.default, found, dim)
+    g: Builder
+    inputs: list[Node]
+    sizes: dict[str, int | Node]
+    device: torch.device
 
-    found = None
-    for term, count in sorted(s.terms, key=str):
-        if isinstance(term, Read):
-            each = inputs[term.tensor]
-            at = [computed(index, g, inputs, B, T, device) for index in term.indices]
-            each = g.call(aten.index.Tensor, each, at) if at else each
-        else:
-            each = counted(B, 1) if term == "b" else counted(T, 0)
-        each = g.call(aten.mul.Tensor, each, count) if count != 1 else each
-        found = each if found is None else g.call(aten.add.Tensor, found, each)
-    if found is None:
-        return g.call(aten.full.default, [1, 1], s.constant, dtype=torch.int64, device=device)
-    found = g.call(aten.add.Tensor, found, s.constant) if s.constant else found
-    found = found if found.meta["val"].dtype == torch.int64 else g.call(aten.to.dtype, found, torch.int64)
-    return found if found.meta["val"].ndim == 2 else g.call(aten.view.default, found, [1, 1])
+    def sum(self, s: Sum) -> Node:
+        """int64, of a size of 1 where it is the same for all of an index."""
+        g, found = self.g, None
+        for term, count in sorted(s.terms, key=str):
+            each = self.read(term) if isinstance(term, Read) else self.index(term)
+            each = g.call(aten.mul.Tensor, each, count) if count != 1 else each
+            found = each if found is None else g.call(aten.add.Tensor, found, each)
+        if found is None:
+            found = g.call(aten.full.default, [], s.constant, dtype=torch.int64, device=self.device)
+        elif s.constant:
+            found = g.call(aten.add.Tensor, found, s.constant)
+        found = found if found.meta["val"].dtype == torch.int64 else g.call(aten.to.dtype, found, torch.int64)
+        whole = found.meta["val"].ndim == len(self.sizes)
+        return found if whole else g.call(aten.view.default, found, [1] * len(self.sizes))
+
+    def read(self, r: Read) -> Node:
+        at = [self.sum(index) for index in r.indices]
+        return self.g.call(aten.index.Tensor, self.inputs[r.tensor], at) if at else self.inputs[r.tensor]
+
+    def index(self, name: str) -> Node:
+        count = self.g.call(aten.arange.default, self.sizes[name], dtype=torch.int64, device=self.device)
+        return self.g.call(aten.view.default, count, [-1 if each == name else 1 for each in self.sizes])
 
 
 # --- the pattern -------------------------------------------------------------------------------------------
@@ -241,12 +257,15 @@ def mask_known(m: Match) -> bool | str:
     known = bounds(m.block_mask[-1])
     if not isinstance(known, Bounds):
         return known
-    reads = [each for s in (known.last, known.first) if s is not None for each in all_reads(s)]
-    tensors = [(each, m.mask_inputs[each.tensor]) for each in reads]
-    for each, tensor in tensors:
+    sums = [s for s in (known.last, known.first) if s is not None]
+    sums += [index for each in known.shown for index in each.indices]
+    wanted = [(each, INTEGERS) for s in sums for each in all_reads(s)] + [(each, {torch.bool}) for each in known.shown]
+    for each, dtypes in wanted:
+        tensor = m.mask_inputs[each.tensor]
         value = tensor.meta["val"] if isinstance(tensor, Node) else None
-        if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int64, torch.int32):
-            return f"its mask_mod reads {getattr(value, 'dtype', tensor)}, not a tensor of integers"
+        if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
+            kind = "integers" if dtypes is INTEGERS else "booleans"
+            return f"its mask_mod reads {getattr(value, 'dtype', tensor)}, not a tensor of {kind}"
         if value.ndim != len(each.indices):
             return f"its mask_mod reads {each} of a tensor {list(value.shape)}"
     return True

@@ -29,8 +29,8 @@ from torch.fx import Graph, Node
 
 __all__ = [
     "Any", "Builder", "Either", "Match", "Maybe", "Miss", "P", "Rule", "Weight",
-    "arguments", "constant", "fake_mode", "fit", "inherit", "match", "mutates", "packet", "propagate", "rewrite",
-    "stays", "views_of", "written",
+    "arguments", "batched", "constant", "fake_mode", "fit", "inherit", "match", "mutates", "packet", "propagate",
+    "rewrite", "stays", "views_of", "written",
 ]  # fmt: skip
 
 
@@ -124,6 +124,12 @@ def alike(one: Value, other: Value) -> bool:
     if packet(one.target) is torch.ops.aten.expand_as:  # of the other tensor, it takes the sizes alone
         return alike(one.args[0], other.args[0]) and str(found[0].shape) == str(found[1].shape)
     return alike(one.args, other.args) and one.kwargs == other.kwargs
+
+
+def batched(node: Node) -> bool:
+    """Whether what a node computes is batched by a level of vmap, outside of which torch computes nothing with it."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_batchedtensor(value)
 
 
 def constant(value: Value) -> bool:
@@ -302,9 +308,9 @@ class Miss:
 
 
 def match(pattern: P, node: Node) -> Match | Miss:
-    """Fits `pattern` to `node`; linear in the size of the pattern."""
+    """Fits `pattern` to `node`; linear in the size of the pattern. Nothing fits what is inside of torch.vmap."""
     found = Match(node)
-    reason = pattern.fit(node, found)
+    reason = "it is inside of torch.vmap" if batched(node) else pattern.fit(node, found)
     return found if reason is None else Miss(reason, found.progress)
 
 

@@ -13,10 +13,11 @@ from aograph.decoding import (
     check_step,
     default_length,
     generate,
+    masks,
     prompts_of,
     step_of,
 )
-from tests.models.zoo import build, ids
+from tests.models.zoo import build, ids, sliding
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
@@ -74,7 +75,6 @@ class Deaf(nn.Module):
         (lambda: nn.Linear(2, 2), "is no language model"),
         (lambda: build("bert")[0], "is no language model"),
         (lambda: changed("llama", layer_types=["full_attention", "linear_attention"]), "type linear_attention"),
-        (lambda: changed("mixtral", sliding_window=8), "slides over 8 tokens, fewer than max_length = 16"),
     ],
 )
 def test_models_without_steps_say_why(make, message):
@@ -82,8 +82,41 @@ def test_models_without_steps_say_why(make, message):
         cache_shapes(make(), 16)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gemma2", "gpt_oss", "mistral", "qwen2"])
+def test_steps_of_layers_that_slide(name):
+    """Each over its own tokens, behind the edge of the window; the cache holds all."""
+    model, text = sliding(name, 5), ids(1, 12)
+    step, positions = step_of(model, 2, 16), torch.arange(12)[None]
+    cache = [tensor for shape in cache_shapes(model, 16) for tensor in shape.empty(1, 16, torch.device("cpu"))]
+    assert model.config.sliding_window == 5
+    with torch.no_grad():
+        expected = model(text, use_cache=False).logits[:, -1]
+        wide = sliding(name, 16)(text, use_cache=False).logits[:, -1]
+        for each in (slice(0, 7), slice(7, 11), slice(11, 12)):
+            logits = step.forward(text[:, each], positions[:, each], *cache)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert (wide - expected).norm() > 0.01 * expected.norm()
+
+
 def test_a_wide_window_hides_nothing():
-    assert len(cache_shapes(changed("mixtral", sliding_window=16), 16)) == 2
+    found = [masks(sliding("gemma3", window), torch.tensor([[4]]), 16) for window in (16, 3)]
+    assert isinstance(found[0], torch.Tensor) and torch.equal(found[0], found[1]["full_attention"])
+    assert found[1]["sliding_attention"].nonzero()[:, -1].tolist() == [2, 3, 4]
+
+
+def test_a_model_that_takes_no_mask_by_layer():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.inner = sliding("gemma3", 5).config, sliding("mistral", 5)
+
+        def forward(self, attention_mask=None, **inputs):
+            return self.inner(attention_mask=attention_mask, **inputs)
+
+    model = Other()
+    with pytest.raises(NoSteps, match="it does not run with a static cache"):
+        check_step(model, cache_shapes(model.inner, 16), torch.device("cpu"))
+    assert model.config.sliding_window == 5
 
 
 def test_a_model_that_does_not_follow_positions():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from aograph.passes import Stage
+from torch import nn
 
 from aograph.capture import capture, no_fast_paths
 from aograph.dynamo import from_dynamo
@@ -47,3 +48,26 @@ def test_dynamo_finds_the_same_sites(fresh_compiler):
         apply(program, *up_to(Stage.CLEANUP))
         rows.append([row.as_dict() for row in program.rows])
     assert rows[0] == rows[1]
+
+
+class Mapped(nn.Module):
+    """One linear inside of torch.vmap, one behind it; a bitwise `and`, which torch refuses outside of its level."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.outside = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.outside(torch.vmap(lambda each: self.inside(each).where((each > 0) & (each < 1), 0))(x))
+
+
+def test_what_is_inside_of_vmap_stays(fresh_compiler):
+    model = Mapped()
+    for program in (static(model, {"x": X}), through_dynamo(model, {"x": X})):
+        apply(program, *up_to(Stage.CLEANUP))
+        assert [(row.name, row.outcome, row.notes) for row in program.rows] == [
+            ("inside", "near miss", ["it is inside of torch.vmap"]), ("outside", "rewritten", []),
+        ]  # fmt: skip
+    fast = torch.compile(model, backend="aograph", options={"recipe": "int8wo", "compile": False})
+    with torch.no_grad():
+        assert 0 < (fast(X) - model(X)).norm() / model(X).norm() < 0.02

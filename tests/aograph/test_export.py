@@ -10,9 +10,7 @@ from torch import nn
 
 import aograph
 from aograph import (
-    KV4,
     KV8,
-    KVFP8,
     CompileError,
     InputError,
     Int8WeightOnly,
@@ -25,7 +23,7 @@ from aograph import (
 from aograph.artifact import inspect, load
 from aograph.decoding import CacheShape, cache_shapes
 from tests.artifacts import FAST_BUILD
-from tests.models.zoo import MINI, build, ids
+from tests.models.zoo import MINI, build, ids, sliding
 from tests.small_models import MLP, Branching
 
 SHAPE = CacheShape(2, 64, 64, torch.float32)
@@ -234,6 +232,25 @@ def test_on_a_gpu(recipe, tokens, tmp_path):
         torch.testing.assert_close(artifact(x), fast(x), rtol=3e-2, atol=3e-2)
     artifact.update_weights({name: -tensor for name, tensor in model.state_dict().items() if "down" in name})
     torch.testing.assert_close(artifact(x), -fast(x), rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.filterwarnings("ignore:the recipe .* rewrote nothing")
+def test_steps_pack_the_caches_of_layers_that_slide():
+    """And those of layers that do not; attention adds its mask to its scores, and has sinks."""
+    model, tokens = sliding("gpt_oss", 16), ids(2, 24)
+    fast = aograph.optimize(model, "kv8", {"input_ids": tokens, "use_cache": False}, compile=False)
+    shapes = cache_shapes(model, 64)
+    programs = {kind: graph.program for kind, graph in export.step_graphs(fast, model, shapes, 2, 64).items()}
+    rows = [cache.row for program in programs.values() for cache in program.caches]
+    assert [row.outcome for row in rows] == ["rewritten"] * 8, rows
+    cache = [t for each in export.packed_shapes(shapes, programs) for t in each.empty(2, 64, torch.device("cpu"))]
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits[:, -1]
+        for row in range(2):
+            mine = [tensor[row : row + 1] for tensor in cache]
+            programs["prefill"].graph_module(tokens[row : row + 1, :-1], torch.arange(23)[None], *mine)
+        (found,) = programs["decode"].graph_module(tokens[:, -1:], torch.full((2, 1), 23), *cache)
+    assert 0 < (found - expected).norm() / expected.norm() < 0.02
 
 
 @pytest.mark.cuda

@@ -9,7 +9,7 @@ import aograph
 from aograph import InputError, optimize
 from aograph.decoding import CacheShape
 from aograph.recipe import Recipe
-from tests.models.zoo import build, ids
+from tests.models.zoo import build, ids, sliding
 
 transformers = pytest.importorskip("transformers")
 from transformers import StaticCache  # noqa: E402
@@ -48,11 +48,15 @@ def error(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def steps(model, tokens, cache, cuts=(5, 1, 1, 1)):
-    """The logits of the last token of each piece."""
-    pieces = tokens.split(list(cuts), 1)
-    with torch.no_grad():
-        return torch.stack([model(piece, past_key_values=cache).logits[:, -1] for piece in pieces])
+def steps(model, tokens, cache, cuts=(5, 1, 1, 1), mask=None):
+    """The logits of the last token of each piece; mask [B, S]: of padding."""
+    found, end = [], 0 if mask is None else mask.shape[1] - tokens.shape[1]
+    for piece in tokens.split(list(cuts), 1):
+        end += piece.shape[1]
+        more = {} if mask is None else {"attention_mask": mask[:, :end]}
+        with torch.no_grad():
+            found.append(model(piece, past_key_values=cache, **more).logits[:, -1])
+    return torch.stack(found)
 
 
 def is_packed(cache, recipe):
@@ -114,6 +118,21 @@ def test_generate(mini, door, recipe, fresh_compiler):
             assert {row.name for row in report.caches} == {"key_0", "value_0", "key_1", "value_1"}
             assert all((row.outcome, row.scheme) == ("rewritten", recipe) for row in report.caches), report
         assert len(seen) == 2  # one for the prompt, one for all tokens
+
+
+@pytest.mark.filterwarnings("ignore:the recipe .* rewrote nothing")
+def test_flex_attention_behind_torch_compile(fresh_compiler):
+    """Rows padded on the left; Dynamo leaves transformers' making of the mask out, so that attention is in a graph of
+    its own. Its mask_mod reads the length of the cache after it has grown."""
+    (tokens, mask), plain = prompts().values(), tiny()
+    expected = steps(plain, tokens, StaticCache(plain.config, max_cache_len=LENGTH), (8, 1), mask)[1:]
+    cache = PackedCache(plain, "kv8", 2, LENGTH)
+    steps(plain, tokens[:, :8], cache, (8,), mask)
+    model, reports = compiled(tiny(attn_implementation="flex_attention"), "kv8")
+    assert model.config._attn_implementation == "flex_attention" and PackedCache(model, "kv8").token_bytes
+    assert 0 < error(steps(model, tokens[:, 8:], cache, (1,), mask), expected) < LARGEST["kv8"]
+    rows = [row for report in reports for row in report.caches]
+    assert {(row.name, row.outcome) for row in rows} == {("key_0", "rewritten"), ("value_0", "rewritten")}
 
 
 @pytest.mark.parametrize("door", [as_it_is, optimized], ids=lambda door: door.__name__)
@@ -220,37 +239,8 @@ def test_a_model_without_a_packed_cache():
 # --- which layers ------------------------------------------------------------------------------------------
 
 
-def gemma(window):
-    torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(
-        vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        intermediate_size=64, sliding_window=window, max_position_embeddings=128,
-        layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
-    return transformers.Gemma3ForCausalLM(config).eval()
-
-
-def gemma2(window):
-    torch.manual_seed(0)
-    config = transformers.Gemma2Config(
-        vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        intermediate_size=64, sliding_window=window, max_position_embeddings=128, query_pre_attn_scalar=32,
-        attn_implementation="eager",
-    )  # fmt: skip
-    return transformers.Gemma2ForCausalLM(config).eval()
-
-
-def mistral(window):
-    torch.manual_seed(0)
-    config = transformers.MistralConfig(
-        vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        intermediate_size=64, sliding_window=window, max_position_embeddings=128,
-    )  # fmt: skip
-    return transformers.MistralForCausalLM(config).eval()
-
-
 def test_a_window_as_long_as_the_cache():
-    model, tokens, cuts = gemma(LENGTH), ids(2, 12, 128), (9, 1, 1, 1)
+    model, tokens, cuts = sliding("gemma3", LENGTH), ids(2, 12, 128), (9, 1, 1, 1)
     expected = steps(model, tokens, StaticCache(model.config, max_cache_len=LENGTH), cuts)
     cache = PackedCache(model, "kv8", 2, LENGTH)
     assert [type(layer) for layer in cache.layers] == [PackedLayer] * 2
@@ -261,10 +251,10 @@ SHORT = 16  # tokens of a window
 CUTS = (9, 1, 10, *[1] * 5, 3, *[1] * 12)  # to the edge, over it, on by one, on by several
 
 
-@pytest.mark.parametrize("build, recipe", [(gemma, "kv8"), (gemma2, "kvfp8"), (mistral, "kv4")])
-def test_windows_shorter_than_the_cache(build, recipe):
+@pytest.mark.parametrize("name, recipe", [("gemma3", "kv8"), ("gemma2", "kvfp8"), ("mistral", "kv4")])
+def test_windows_shorter_than_the_cache(name, recipe):
     """Token by token and by several, before and behind the edge of the window, and again after a reset."""
-    model, tokens = build(SHORT), ids(2, 40, 128)
+    model, tokens = sliding(name, SHORT), ids(2, 40, 128)
     expected = steps(model, tokens, StaticCache(model.config, max_cache_len=LENGTH), CUTS)
     cache = PackedCache(model, recipe, 2, LENGTH)
     assert PackedWindowLayer in [type(layer) for layer in cache.layers] and cache.max_cache_len == LENGTH
@@ -275,10 +265,10 @@ def test_windows_shorter_than_the_cache(build, recipe):
         cache.reset()
 
 
-@pytest.mark.parametrize("build, recipe", [(gemma, "kv8"), (mistral, "kv4(keys=token)")])
-def test_windows_of_an_optimized_model(build, recipe):
+@pytest.mark.parametrize("name, recipe", [("gemma3", "kv8"), ("mistral", "kv4(keys=token)")])
+def test_windows_of_an_optimized_model(name, recipe):
     """One graph for all single tokens behind the edge, in which attention reads what is packed."""
-    model, tokens = build(SHORT), ids(2, 40, 128)
+    model, tokens = sliding(name, SHORT), ids(2, 40, 128)
     cuts = (20, *[1] * 20)
     expected = steps(model, tokens, StaticCache(model.config, max_cache_len=LENGTH), cuts)
     fast = optimize(model, recipe, compile=False)
@@ -291,16 +281,7 @@ def test_windows_of_an_optimized_model(build, recipe):
 
 def test_sinks_and_windows_of_gpt_oss():
     """A text longer than the window, then token by token: sinks go into attention over what is packed."""
-    torch.manual_seed(0)
-    config = transformers.GptOssConfig(
-        vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        intermediate_size=32, sliding_window=SHORT, max_position_embeddings=128, num_local_experts=4,
-        num_experts_per_tok=2, experts_implementation="batched_mm",
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )  # fmt: skip
-    model, tokens, cuts = transformers.GptOssForCausalLM(config).eval(), ids(2, 32, 128), (20, *[1] * 12)
-    for layer in model.model.layers:
-        torch.nn.init.normal_(layer.self_attn.sinks)
+    model, tokens, cuts = sliding("gpt_oss", SHORT), ids(2, 32, 128), (20, *[1] * 12)
     expected = steps(model, tokens, StaticCache(model.config, max_cache_len=LENGTH), cuts)
     cache = PackedCache(model, "kv8", 2, LENGTH)
     assert [type(layer) for layer in cache.layers] == [PackedWindowLayer, PackedLayer]
@@ -333,7 +314,7 @@ def test_a_window_holds_what_the_layer_of_transformers_does(recipe):
 
 def test_generate_over_windows():
     """Padded rows; tokens and logits are those of the full-precision cache."""
-    model, tokens = gemma(SHORT), ids(2, 12, 128)
+    model, tokens = sliding("gemma3", SHORT), ids(2, 12, 128)
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
     text = {"input_ids": tokens, "attention_mask": mask, "max_new_tokens": 20}
@@ -378,4 +359,4 @@ def test_recipes_that_pack_nothing(mini):
     with pytest.raises(InputError, match="packs no cache of LlamaForCausalLM"):
         PackedCache(mini, "int8wo")
     with pytest.raises(InputError, match="packs no cache of Gemma3ForCausalLM"):
-        PackedCache(gemma(8), "kv8 + re:key_.:none")
+        PackedCache(sliding("gemma3", 8), "kv8 + re:key_.:none")

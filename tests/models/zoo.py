@@ -175,3 +175,29 @@ def build(name, layers=2):
     torch.manual_seed(0)
     model, inputs = MODELS[name](layers)
     return model.eval(), inputs
+
+
+def sliding(name, window):
+    """A language model of which some layers, of Mistral all, slide over `window` tokens: Gemma 3; Gemma 2, with a
+    softcap; GPT-OSS, with sinks; Mistral; Qwen 2."""
+    import transformers
+
+    kinds = {
+        "gemma3": (transformers.Gemma3TextConfig, {"layer_types": ["sliding_attention", "full_attention"]}),
+        "gemma2": (transformers.Gemma2Config, {"query_pre_attn_scalar": 32, "attn_implementation": "eager"}),
+        "gpt_oss": (transformers.GptOssConfig, {
+            "num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "batched_mm",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+        "mistral": (transformers.MistralConfig, {}),
+        "qwen2": (transformers.Qwen2Config, {"use_sliding_window": True, "max_window_layers": 1}),
+    }  # fmt: skip
+    kind, settings = kinds[name]
+    torch.manual_seed(0)
+    config = kind(
+        vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        intermediate_size=64, sliding_window=window, max_position_embeddings=128, **settings,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for layer in model.model.layers if name == "gpt_oss" else ():
+        nn.init.normal_(layer.self_attn.sinks)
+    return model

@@ -1,13 +1,13 @@
 import pytest
 import torch
-from aograph.patterns.cache import ATTENTIONS, UPDATES, behind, counts, horizon, memory, parts, scale_of, softcap_of
+from aograph.patterns.cache import UPDATES, memory
 from aograph.patterns.language import Builder, Match, match
 from torch import nn
 
 from tests.programs import find, program_of
 
 B, H, S, D = 2, 2, 32, 16
-POSITIONS, ROWS = torch.arange(3, 6), torch.stack([torch.arange(3), torch.arange(4, 7)])
+POSITIONS = torch.arange(3, 6)
 
 
 put = torch.ops.aten.index_put_
@@ -87,127 +87,3 @@ def test_other_writes_are_no_updates(write, operator, why):
     assert not store(program, operator)
     node = find(program, operator)
     assert any(why in match(u.pattern, node).reason for u in UPDATES)
-
-
-# --- attention ---------------------------------------------------------------------------------------------
-
-
-class Reading(nn.Module):
-    def __init__(self, attention):
-        super().__init__()
-        self.attention = attention
-        for name in ("keys", "values"):
-            self.register_buffer(name, torch.zeros(B, H, S, D))
-
-    def forward(self, q):
-        self.keys.add_(1), self.values.add_(1)
-        return self.attention(q, self.keys, self.values)
-
-
-def attention(how, heads=H):
-    program = program_of(Reading(how), torch.randn(B, heads, 3, D))
-    found = [m for n in program.graph.nodes for p in ATTENTIONS if isinstance(m := match(p, n), Match)]
-    return found[0] if found else None
-
-
-@pytest.mark.parametrize(
-    "how, scale, softcap",
-    [
-        (lambda q, k, v: nn.functional.scaled_dot_product_attention(q, k, v), D**-0.5, 0),
-        (lambda q, k, v: nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5), 0.5, 0),
-        (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, 1, 0),
-        (lambda q, k, v: (q @ k.mT * 0.5).softmax(-1) @ v, 0.5, 0),
-        (lambda q, k, v: (q @ k.mT / 8).softmax(-1) @ v, 0.125, 0),
-        (lambda q, k, v: (((q @ k.permute(0, 1, 3, 2)) / 8 / 5).tanh() * 5).softmax(-1) @ v, 0.125, 5),
-    ],
-)
-def test_attention(how, scale, softcap):
-    found = attention(how)
-    assert (found.key.target, found.value.target) == ("keys", "values")
-    assert scale_of(found) == scale and softcap_of(found) == softcap
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        lambda q, k, v: (q @ k.mT).sigmoid() @ v,
-        lambda q, k, v: (q @ k.mT).softmax(1) @ v,
-        lambda q, k, v: ((q @ k.mT / 5).tanh() * 4).softmax(-1) @ v,
-        lambda q, k, v: nn.functional.scaled_dot_product_attention(q, k, v * 2),
-        lambda q, k, v: nn.functional.scaled_dot_product_attention(q, k.flip(1), v),
-        lambda q, k, v: (q @ k.mT).softmax(-1) @ v.transpose(0, 1),
-    ],
-)
-def test_no_attention(how):
-    assert attention(how) is None
-
-
-# --- masks -------------------------------------------------------------------------------------------------
-
-
-def mask(function, *inputs):
-    """The node of a mask [B, 1, T, S], and the program."""
-    program = program_of(lambda m, *given: function(*given) & True, *inputs)
-    node = program.graph.output_node().args[0][0]
-    return program, node.all_input_nodes[0]
-
-
-HORIZONS = {
-    "<=": (lambda p: (torch.arange(S) <= p[:, None])[None, None], [None, 0], 0),
-    "<": (lambda p: (torch.arange(S) < p[:, None])[None, None], [None, 0], -1),
-    "the other way": (lambda p: (p[:, None] > torch.arange(S)[None])[None, None], [None, 0], -1),
-    "not": (lambda p: ~(torch.arange(S) > p[:, None])[None, None], [None, 0], 0),
-    "not, the other way": (lambda p: ~(p[:, None] <= torch.arange(S))[None, None], [None, 0], -1),
-    "expanded": (lambda p: (torch.arange(S) <= p[:, None])[None, None].expand(B, 4, -1, -1), [None, 0], 0),
-    "views": (lambda p: torch.arange(S).view(1, 1, 1, S) <= p.view(1, 1, -1, 1), [None, 0], 0),
-}
-
-
-@pytest.mark.parametrize("function, dims, shift", HORIZONS.values(), ids=HORIZONS.keys())
-def test_horizons(function, dims, shift):
-    _, node = mask(function, POSITIONS)
-    (part,) = parts(node, [0, 1, 2, 3])
-    found = horizon(part, str(S))
-    assert found.node.target == "inputs_0" and (found.dims, found.shift) == (dims, shift)
-
-
-def test_the_horizon_of_rows():
-    _, node = mask(lambda p: torch.arange(S) <= p[:, None, :, None], ROWS)
-    (part,) = parts(node, [0, 1, 2, 3])
-    assert horizon(part, str(S)).dims == [0, 1]
-
-
-NO_HORIZONS = {
-    "another length": lambda p: (torch.arange(8) <= p[:, None])[None, None],
-    "from 1": lambda p: (torch.arange(1, S + 1) <= p[:, None])[None, None],
-    "in steps": lambda p: (torch.arange(0, 2 * S, 2) <= p[:, None])[None, None],
-    "==": lambda p: (torch.arange(S) == p[:, None])[None, None],
-    "hidden below": lambda p: ~(torch.arange(S) <= p[:, None])[None, None],
-    "by head": lambda p: (torch.arange(S) <= p[None, :, None, None]).expand(B, -1, 3, -1),
-    "floats": lambda p: (torch.arange(S) <= p[:, None].float())[None, None],
-    "positions along the cache": lambda p: (torch.arange(S)[:, None] <= p)[None, None],
-}
-
-
-@pytest.mark.parametrize("function", NO_HORIZONS.values(), ids=NO_HORIZONS.keys())
-def test_no_horizons(function):
-    _, node = mask(function, POSITIONS)
-    assert all(horizon(part, str(S)) is None for part in parts(node, [0, 1, 2, 3]))
-
-
-def test_parts_of_a_mask():
-    _, node = mask(lambda p, a: (~((torch.arange(S) > p[:, None]) | (torch.arange(S) == 2)) & a[0])[None, None],
-                   POSITIONS, torch.ones(B, S, dtype=torch.bool))  # fmt: skip
-    found = list(parts(node, [0, 1, 2, 3]))
-    assert [part.negated for part in found] == [True, True, False]
-    assert [part.dims for part in found] == [[None, None, 0, 1], [None, None, None, 0], [None, None, None, 0]]
-
-
-def test_behind_views():
-    _, node = mask(lambda p: p[None, :, None].expand(4, 3, 5).to(torch.int32) > 0, POSITIONS)
-    base, dims = behind(node.args[0], [0, 1, 2])
-    assert base.target == "inputs_0" and dims == [None, 0, None]
-    (arange,) = program_of(lambda m, p: p + torch.arange(3), POSITIONS).graph.find_nodes(
-        op="call_function", target=torch.ops.aten.arange.default
-    )
-    assert counts(arange, "3") and not counts(arange, "4") and not counts(base, "3")
