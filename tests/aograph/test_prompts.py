@@ -21,7 +21,7 @@ CLOSE_BY_CHANNEL = 0.05  # and tokens of a chunk see their block of 64 keys as i
 
 @pytest.fixture(scope="module")
 def mini():
-    return build("llama_with_cache")[0]
+    return build("llama_with_cache", layers=1)[0]
 
 
 @pytest.fixture(scope="module", params=["kv8", "kv4"])

@@ -48,12 +48,13 @@ WAYS = {
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("cache", ["static", None])
 def test_a_compiled_model(mini, cache, device):
-    """All ways one after another on one model, which is compiled again only where a graph does not fit."""
+    """All ways one after another on one model, which is compiled again only where a graph does not fit; one way over
+    a cache that grows."""
     model, tokenizer = mini
     reference, model = dequantized(model).to(device), copy.deepcopy(model).to(device)
     reports = []
     model.compile(backend="aograph", options={"recipe": "int8wo", "report": reports.append, "compile": False})
-    for way, (prompts, how) in WAYS.items():
+    for way, (prompts, how) in [*WAYS.items()] if cache else [*WAYS.items()][1:2]:
         how = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache, "disable_compile": True, **how}
         inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(device)
         results = []
