@@ -255,7 +255,7 @@ def attend(
     g, old = Builder(found.root), found.root
     sight = seen(found, g)
     positions, mask = sight.positions, sight.mask
-    if filled and stores[0] is not None and mask is not None:
+    if filled and stores[0] is not None and mask is not None and not sight.window:
         positions = g.call(aten.minimum.default, positions, g.call(aten.select.int, stores[0].args[3], -1, -1))
     scale, softcap = scale_of(found), softcap_of(found)
     codes, scales, *window = keys

@@ -16,9 +16,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .broadcast import arranged, behind, sizes
 from .cache import FLOATS, Cache
 from .flex import flex, flex_attention, softcap
-from .language import Any, Builder, Either, Match, P, packet, stays
+from .language import Any, Builder, Either, Match, P, Value, packet, stays
 
 aten = torch.ops.aten
+HIDDEN = -1e4  # scores below it leave nothing after the softmax
 
 
 def swaps_last_two(m: Match) -> bool | str:
@@ -68,11 +69,15 @@ def adds(m: Match) -> bool | str:
 
 
 def hides(m: Match) -> bool | str:
-    """A fill from which nothing is left after the softmax."""
-    fill = m.fill
-    if isinstance(fill, Node) and packet(fill.target) in (aten.full, aten.scalar_tensor):
-        fill = next((a for a in fill.args if isinstance(a, (int, float))), None)
-    return (isinstance(fill, (int, float)) and fill <= -1e4) or f"what is hidden is filled with {m.fill}, not with -inf"
+    fill = number(m.fill)
+    return (fill is not None and fill <= HIDDEN) or f"what is hidden is filled with {m.fill}, not with -inf"
+
+
+def number(value: Value) -> float | None:
+    """A number, or that of which a tensor is made."""
+    if isinstance(value, Node) and packet(value.target) in (aten.full, aten.scalar_tensor) and stays(value):
+        value = next((a for a in value.args if isinstance(a, (int, float))), None)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def heads_repeated(name: str) -> Callable[[Match], bool | str]:

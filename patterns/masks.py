@@ -1,6 +1,7 @@
 """What the tokens of an attention see, as `kv_attention` takes it.
 
-A mask of booleans is taken apart: where it says how far each token sees, that becomes a position for each.
+A mask of booleans, or one to add that was made of one, is taken apart: where it says how far each token sees, that
+becomes a position for each, and where it says from which one on, a window. A token that sees nothing gets zeros.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from .attention import lengths, read
+from .attention import HIDDEN, lengths, number, read
 from .broadcast import Dims, Size, aligned, arranged, behind, counts, size, sizes
 from .flex import AND, SIDES, Grid, Sum, bounds
 from .language import Builder, Match, arguments, packet, stays
 
 aten = torch.ops.aten
+STEPS = {aten.add: 1, aten.sub: -1}
+ZEROS = {aten.zeros, aten.zeros_like, aten.new_zeros}
 NOT, OR = {aten.bitwise_not, aten.logical_not}, {aten.bitwise_or, aten.logical_or, aten.__or__}
 
 
@@ -31,13 +34,15 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Horizon:
-    """A token sees up to `node` + `shift`; `dims` are the node's dimensions for the mask's B and T."""
+class Limit:
+    """A token sees up to `node` + `shift`, or, where it is the `first`, from there on; `dims` are the node's dimensions
+    for the mask's B and T."""
 
     part: Part
     node: Node
     dims: Dims
     shift: int
+    first: bool
 
 
 def parts(node: Node, dims: Dims, negated: bool = False) -> Iterator[Part]:
@@ -53,20 +58,32 @@ def parts(node: Node, dims: Dims, negated: bool = False) -> Iterator[Part]:
         yield Part(node, dims, negated)
 
 
-def horizon(part: Part, length: str) -> Horizon | None:
-    """How far tokens see, where that is all that a part of a mask says: arange(length) <= position."""
+def limit(part: Part, length: str) -> Limit | None:
+    """Up to or from which position tokens see, where that is all that a part of a mask says, as in
+    arange(length) <= position."""
     compare, kind = part.node, packet(part.node.target)
     if kind not in SIDES or not all(isinstance(each, Node) and sizes(each) for each in arguments(compare)):
         return None
     sign, slack = SIDES[kind]
     sign, slack = (-sign, -1 - slack) if part.negated else (sign, slack)
-    index, position = arguments(compare) if sign > 0 else reversed(arguments(compare))
-    along, where = behind(index, aligned(compare, index, part.dims))
-    of, dims = behind(position, aligned(compare, position, part.dims))
-    whole = of.meta["val"].dtype == torch.int64 and dims[1] is None and dims[3] is None
-    if counts(along, length) and where == [None, None, None, 0] and whole:
-        return Horizon(part, of, [dims[0], dims[2]], slack)
+    for (index, position), side in (arguments(compare), sign), (reversed(arguments(compare)), -sign):
+        along, where = behind(index, aligned(compare, index, part.dims))
+        if counts(along, length) and where == [None, None, None, 0]:
+            of, dims, shift = ahead(position, aligned(compare, position, part.dims))
+            if of.meta["val"].dtype == torch.int64 and dims[1] is None and dims[3] is None:
+                return Limit(part, of, [dims[0], dims[2]], shift + side * slack, side < 0)
     return None
+
+
+def ahead(node: Node, dims: Dims) -> tuple[Node, Dims, int]:
+    """What stands behind views, and behind numbers that are added to what nothing writes; their sum."""
+    total = 0
+    while True:
+        node, dims = behind(node, dims)
+        given = arguments(node) if packet(node.target) in STEPS else ()
+        if len(given) != 3 or type(given[1]) is not int or given[2] != 1 or not stays(given[0]):
+            return node, dims, total
+        node, total = given[0], total + STEPS[packet(node.target)] * given[1]
 
 
 @dataclass(frozen=True)
@@ -101,17 +118,22 @@ def said_by_flex(m: Match, g: Builder, B: Size, T: Size) -> Seen:
 
 
 def said_by_mask(m: Match, g: Builder, T: Size) -> Seen:
-    """Up to the positions that a mask of booleans compares with; without one, as `is_causal` says."""
+    """From and up to the positions that a mask compares with; without one, as `is_causal` says."""
     given, negated = m.bindings.get("mask"), False
     if m.bindings.get("hidden") is not None:
         given, negated = m.hidden, True
-    if given is not None and given.meta["val"].dtype == torch.bool:
+    if given is not None:
         rank = len(sizes(given))
         whole = [None if i < 4 - rank or sizes(given)[i - 4 + rank] == "1" else i - 4 + rank for i in range(4)]
-        found = list(parts(given, whole, negated))
-        far = next((h for part in found for n in lengths(m) if (h := horizon(part, n)) is not None), None)
+        shown = Part(given, whole, negated) if given.meta["val"].dtype == torch.bool else chosen(given, whole)
+        found = list(parts(shown.node, shown.dims, shown.negated)) if shown is not None else []
+        limits = [each for part in found for n in lengths(m) if (each := limit(part, n)) is not None]
+        far = next((each for each in limits if not each.first), None)
         if far is not None and all(stays(part.node) for part in found):
-            return Seen(reached(far), mask=joined([part for part in found if part is not far.part], g))
+            near = next((each for each in limits if within_reach(each, far) and read(m) is m.key), None)
+            told = [far.part, near.part] if near is not None else [far.part]
+            window = far.shift - near.shift + 1 if near is not None else 0
+            return Seen(reached(far), None, joined([part for part in found if part not in told], g), window)
     device = m.key.meta["val"].device
     if m.bindings.get("causal") is True:
         positions = g.call(aten.arange.default, T, dtype=torch.int64, device=device)
@@ -122,7 +144,36 @@ def said_by_mask(m: Match, g: Builder, T: Size) -> Seen:
     return Seen(positions, mask=g.call(aten.logical_not.default, given) if negated else given)
 
 
-def reached(far: Horizon) -> Node:
+def chosen(node: Node, dims: Dims) -> Part | None:
+    """The booleans that a mask to add was made of, as a choice between 0 and what hides."""
+    while packet(node.target) in (aten.unsqueeze, aten.expand, aten.view):
+        before = node
+        node, dims = behind(node, dims)
+        if node is before:
+            return None
+    given = arguments(node)
+    if packet(node.target) is aten.masked_fill:
+        shown, other, condition, negated = given[0], given[2], given[1], True
+    elif packet(node.target) is aten.where and len(given) == 3:
+        condition, shown, other = given
+        negated = number(shown) != 0
+        shown, other = (other, shown) if negated else (shown, other)
+    else:
+        return None
+    zero = number(shown) == 0 or (isinstance(shown, Node) and packet(shown.target) in ZEROS and stays(shown))
+    hides = number(other)
+    if not zero or hides is None or hides > HIDDEN or condition.meta["val"].dtype != torch.bool:
+        return None
+    return Part(condition, aligned(node, condition, dims), negated)
+
+
+def within_reach(near: Limit, far: Limit) -> bool:
+    """Whether two limits are a window: they depend on the same position, and something is between them."""
+    same = near.first and near.node is far.node and near.dims == far.dims and stays(far.node)
+    return same and near.shift <= far.shift
+
+
+def reached(far: Limit) -> Node:
     """[B or 1, T or 1]: taken where it is compared, as it may be written before the attention."""
     g = Builder(far.part.node)
     positions = arranged(g, far.node, far.dims)

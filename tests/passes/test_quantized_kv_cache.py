@@ -495,6 +495,7 @@ LENGTHS = {
     "positions >= arange": lambda p: p[:, None] >= torch.arange(S)[None],
     "arange < positions + 1": lambda p: torch.arange(S) < (p + 1)[:, None],
     "not arange > positions": lambda p: ~(torch.arange(S) > p[:, None]),
+    "to add": lambda p: torch.where(torch.arange(S) <= p[:, None], 0.0, -torch.inf),
     "four dimensions": lambda p: (torch.arange(S).view(1, -1) <= p.view(-1, 1))[None, None].expand(B, 1, -1, S),
 }
 
@@ -507,13 +508,50 @@ def test_a_mask_that_is_a_length_is_not_passed_on(mask):
 
 
 OTHERS = {
-    "windows": lambda p: (torch.arange(S) <= p[:, None]) & (torch.arange(S) > p[:, None] - 4),
     "hidden tokens": lambda p: (torch.arange(S) <= p[:, None])[None, None] & (torch.arange(S) != 1),
     "not hidden": lambda p: ~((torch.arange(S) > p[:, None]) | (torch.arange(S) % 3 == 1)),
-    "floats": lambda p: torch.where(torch.arange(S) <= p[:, None], 0.0, -torch.inf),
     "a slope": lambda p: torch.where(torch.arange(S) <= p[:, None], torch.arange(S) - p[:, None], -torch.inf),
     "a stride": lambda p: torch.arange(0, 2 * S, 2) <= p[:, None],
 }
+
+
+def sliding(p):
+    return (torch.arange(S) <= p[:, None]) & (torch.arange(S) > p[:, None] - 5)
+
+
+WINDOWS = {  # masks, and whether something is left of them
+    "of booleans": (sliding, False),
+    "to add, filled": (lambda p: torch.zeros(len(p), S).masked_fill(~sliding(p), -torch.inf), False),
+    "to add, chosen": (lambda p: torch.where(sliding(p), 0.0, torch.finfo(torch.float32).min)[None, None], False),
+    "to add, chosen the other way": (lambda p: torch.where(~sliding(p), -1e9, 0.0), False),
+    "with more": (lambda p: sliding(p) & (torch.arange(S) != 3), True),
+}
+
+
+@pytest.mark.parametrize("mask, left", WINDOWS.values(), ids=WINDOWS.keys())
+def test_windows(mask, left):
+    """Told as a number of tokens: nothing of tokens by positions is left."""
+    fast = check(Masked(mask, heads=4), prefill=3, tokens=12)
+    (attention,) = fast._captures[0][1].program.graph.find_nodes(
+        op="call_function", target=torch.ops.aograph.kv_attention.default
+    )
+    assert attention.args[10] == 5 and (attention.args[7] is not None) == left
+
+
+LEFT_AS_THEY_ARE = {
+    "an empty window": lambda p: (torch.arange(S) <= p[:, None]) & (torch.arange(S) > p[:, None] + 40) | sliding(p),
+    "of two positions": lambda p: (torch.arange(S) <= p[:, None]) & (torch.arange(S) > (p * 1)[:, None] - 5),
+    "to add, but not to hide": lambda p: torch.where(sliding(p), 0.0, -3.0),
+}
+
+
+@pytest.mark.parametrize("mask", LEFT_AS_THEY_ARE.values(), ids=LEFT_AS_THEY_ARE.keys())
+def test_no_windows(mask):
+    fast = check(Masked(mask, heads=4), prefill=3, tokens=12)
+    (attention,) = fast._captures[0][1].program.graph.find_nodes(
+        op="call_function", target=torch.ops.aograph.kv_attention.default
+    )
+    assert attention.args[10] == 0 and attention.args[7] is not None
 
 
 @pytest.mark.parametrize("mask", OTHERS.values(), ids=OTHERS.keys())

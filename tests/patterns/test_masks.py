@@ -1,6 +1,6 @@
 import pytest
 import torch
-from aograph.patterns.masks import horizon, parts
+from aograph.patterns.masks import limit, parts
 
 from tests.programs import program_of
 
@@ -30,14 +30,42 @@ HORIZONS = {
 def test_horizons(function, dims, shift):
     _, node = mask(function, POSITIONS)
     (part,) = parts(node, [0, 1, 2, 3])
-    found = horizon(part, str(S))
+    found = limit(part, str(S))
     assert found.node.target == "inputs_0" and (found.dims, found.shift) == (dims, shift)
 
 
 def test_the_horizon_of_rows():
     _, node = mask(lambda p: torch.arange(S) <= p[:, None, :, None], ROWS)
     (part,) = parts(node, [0, 1, 2, 3])
-    assert horizon(part, str(S)).dims == [0, 1]
+    assert limit(part, str(S)).dims == [0, 1]
+
+
+FIRSTS = {
+    ">": (lambda p: torch.arange(S) > (p - 5)[:, None], -4),
+    "the other way": (lambda p: (p[:, None] + 2) <= torch.arange(S), 2),
+    "not": (lambda p: ~(torch.arange(S) <= p[:, None] - 5), -4),
+    "in two steps": (lambda p: torch.arange(S) >= (p[:, None] - 3) + 1, -2),
+}
+
+
+@pytest.mark.parametrize("function, shift", FIRSTS.values(), ids=FIRSTS.keys())
+def test_the_first_that_is_seen(function, shift):
+    _, node = mask(lambda p: function(p)[None, None], POSITIONS)
+    (part,) = parts(node, [0, 1, 2, 3])
+    found = limit(part, str(S))
+    assert found.first and found.node.target == "inputs_0" and (found.dims, found.shift) == ([None, 0], shift)
+
+
+def test_numbers_are_not_looked_behind_where_something_is_written():
+    def function(p):
+        ahead = p + 3
+        p.zero_()
+        return (torch.arange(S) <= ahead[:, None])[None, None]
+
+    _, node = mask(function, POSITIONS.clone())
+    (part,) = parts(node, [0, 1, 2, 3])
+    found = limit(part, str(S))
+    assert found.node.target is torch.ops.aten.add.Tensor and found.shift == 0
 
 
 NO_HORIZONS = {
@@ -55,7 +83,8 @@ NO_HORIZONS = {
 @pytest.mark.parametrize("function", NO_HORIZONS.values(), ids=NO_HORIZONS.keys())
 def test_no_horizons(function):
     _, node = mask(function, POSITIONS)
-    assert all(horizon(part, str(S)) is None for part in parts(node, [0, 1, 2, 3]))
+    found = [limit(part, str(S)) for part in parts(node, [0, 1, 2, 3])]
+    assert all(each is None or each.first for each in found)
 
 
 def test_parts_of_a_mask():
