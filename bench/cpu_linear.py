@@ -4,7 +4,8 @@
 
 Every round times each contender once, so that whatever else the machine does hits all of them alike, and each call
 reads another copy of the weights, more of them than the last-level cache holds, as a model's layers would be. What
-is reported is the median over the rounds. Where x is quantized too (int8dq), that is compiled, and in the time.
+is reported is the median over the rounds, for one layer of the LAYERS that are timed together. Where x is quantized too
+(int8dq), these are one compiled graph, as in a model, and quantization is in the time.
 """
 
 import argparse
@@ -27,9 +28,10 @@ from aograph.kernels.quantized_activation import int8_per_token, int8_per_token_
 from tabulate import tabulate
 from torch import Tensor
 
-Contender = tuple[torch.dtype, Callable[[Tensor, int], Tensor]]
+Contender = tuple[torch.dtype, Callable[[list[Tensor], int], object]]
 
 DYNAMIC = {"int8dq": int8_per_token, "int8dq asymmetric": int8_per_token_asymmetric}
+LAYERS = 4
 CACHE_BYTES = 64 << 20  # of copies of each weight, where the machine does not say how much it caches
 
 
@@ -65,26 +67,38 @@ def copies(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
 
 
 def contenders(n: int, k: int, group_size: int, dtype: torch.dtype) -> dict[str, Contender]:
-    """By name: the dtype of x [M, k], and a function of x and of the round, which picks the weights."""
+    """By name: the dtype of x [M, k], and a function of an x for each layer, and of the round, which picks weights."""
     weight = torch.randn(n, k, dtype=dtype) / k**0.5
     found = {}
     for plain in (torch.bfloat16, torch.float32):
         layers = copies((weight.to(plain),))
-        found[f"{str(plain)[6:]} F.linear"] = plain, lambda x, i, a=layers: F.linear(x, *a[i % len(a)])
+        found[f"{str(plain)[6:]} F.linear"] = plain, each(F.linear, layers)
     layers8 = copies(int8.pack(weight))
     layers4 = copies(int4.pack(weight, group_size))
-    found["int8wo"] = dtype, lambda x, i: int8.int8_linear(x, *layers8[i % len(layers8)], None)
-    found["int4wo"] = dtype, lambda x, i: int4.int4_linear(x, *layers4[i % len(layers4)], group_size, n, None)
+    found["int8wo"] = dtype, each(lambda x, *w: int8.int8_linear(x, *w, None), layers8)
+    found["int4wo"] = dtype, each(lambda x, *w: int4.int4_linear(x, *w, group_size, n, None), layers4)
     for name, quantize in DYNAMIC.items():
         layers = copies(int8dq.pack(weight, sums="asymmetric" in name))
-        call = partial(dynamic, torch.compile(quantize, dynamic=True))
-        found[name] = dtype, lambda x, i, call=call, layers=layers: call(x, *layers[i % len(layers)])
+        together = torch.compile(partial(dynamic, quantize), dynamic=True)
+        found[name] = dtype, lambda xs, i, call=together, layers=layers: call(xs, taken(layers, i))
     return found
 
 
-def dynamic(quantize: Callable[[Tensor], tuple], x: Tensor, q: Tensor, scale: Tensor, sums: Tensor | None = None):
-    """y of an x that is quantized first."""
-    return int8dq.int8_scaled_linear(*quantize(x), q, scale, sums, None, x.dtype)
+def taken(layers: list[tuple[Tensor, ...]], i: int) -> list[tuple[Tensor, ...]]:
+    """The weights of round i."""
+    return [layers[(i * LAYERS + j) % len(layers)] for j in range(LAYERS)]
+
+
+def each(linear: Callable[..., Tensor], layers: list[tuple[Tensor, ...]]) -> Callable[[list[Tensor], int], object]:
+    return lambda xs, i: [linear(x, *weights) for x, weights in zip(xs, taken(layers, i), strict=True)]
+
+
+def dynamic(quantize: Callable[[Tensor], tuple], xs: list[Tensor], weights: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """y of each x, which is quantized first."""
+    found = []
+    for x, (q, scale, *sums) in zip(xs, weights, strict=True):
+        found.append(int8dq.int8_scaled_linear(*quantize(x), q, scale, *(sums or [None]), None, x.dtype))
+    return found
 
 
 def chosen(name: str, m: int, x: Tensor, n: int, k: int, group_size: int) -> str:
@@ -97,10 +111,10 @@ def chosen(name: str, m: int, x: Tensor, n: int, k: int, group_size: int) -> str
     return op.choose(Case("cpu", x.dtype, m, n, k, group)).name
 
 
-def measure(found: dict[str, Contender], x: Tensor, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each contender at each round; rounds go on for `seconds`, 5 of them at least."""
+def measure(found: dict[str, Contender], xs: list[Tensor], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of a layer, by contender, at each round; rounds go on for `seconds`, 5 of them at least."""
     times: dict[str, list[float]] = {name: [] for name in found}
-    runs = {name: partial(function, x.to(dtype)) for name, (dtype, function) in found.items()}
+    runs = {name: partial(function, [x.to(dtype) for x in xs]) for name, (dtype, function) in found.items()}
     for run in runs.values():  # a compiler or a cache may be behind the first call
         run(0)
     i, end = 0, time.perf_counter() + seconds
@@ -109,7 +123,7 @@ def measure(found: dict[str, Contender], x: Tensor, seconds: float) -> dict[str,
         for name, run in runs.items():
             start = time.perf_counter()
             run(i)
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append((time.perf_counter() - start) * 1e3 / LAYERS)
     return times
 
 
@@ -133,8 +147,8 @@ def main(arguments: list[str] | None = None) -> None:
     found = contenders(options.n, options.k, options.group_size, dtype)
     rows, about = [], machine()
     for m in options.m:
-        x = torch.randn(m, options.k, dtype=dtype)
-        times = measure(found, x, options.seconds)
+        xs = [torch.randn(m, options.k, dtype=dtype) for _ in range(LAYERS)]
+        times = measure(found, xs, options.seconds)
         medians = {name: statistics.median(all_times) for name, all_times in times.items()}
         for name, median in medians.items():
             rows.append(
@@ -144,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
                     "ms": round(median, 3),
                     "least ms": round(min(times[name]), 3),
                     "x bf16": round(medians["bfloat16 F.linear"] / median, 2),
-                    "runs": chosen(name, m, x, options.n, options.k, options.group_size),
+                    "runs": chosen(name, m, xs[0], options.n, options.k, options.group_size),
                     "rounds": len(times[name]),
                 }
             )
