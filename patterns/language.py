@@ -29,8 +29,8 @@ from torch.fx import Graph, Node
 
 __all__ = [
     "Any", "Builder", "Either", "Match", "Maybe", "Miss", "P", "Rule", "Weight",
-    "arguments", "batched", "constant", "fake_mode", "fit", "inherit", "match", "mutates", "packet", "propagate",
-    "rewrite", "stays", "views_of", "written",
+    "alike", "arguments", "batched", "constant", "fake_mode", "fit", "inherit", "match", "mutates", "packet",
+    "propagate", "rewrite", "stays", "views_of", "written",
 ]  # fmt: skip
 
 
@@ -121,9 +121,12 @@ def alike(one: Value, other: Value) -> bool:
     pure = one.op == other.op == "call_function" and one.target is other.target and not mutates(one)
     if not pure or torch.Tag.nondeterministic_seeded in getattr(one.target, "tags", ()):
         return False
+    if not (stays(one) and stays(other)):
+        return False
     if packet(one.target) is torch.ops.aten.expand_as:  # of the other tensor, it takes the sizes alone
         return alike(one.args[0], other.args[0]) and str(found[0].shape) == str(found[1].shape)
-    return alike(one.args, other.args) and one.kwargs == other.kwargs
+    given, asked = ([*each.args, *each.kwargs, *each.kwargs.values()] for each in (one, other))
+    return alike(given, asked)
 
 
 def batched(node: Node) -> bool:
