@@ -29,8 +29,8 @@ from torch.fx import Graph, Node
 
 __all__ = [
     "Any", "Builder", "Either", "Match", "Maybe", "Miss", "P", "Rule", "Weight",
-    "alike", "arguments", "batched", "constant", "fake_mode", "fit", "inherit", "match", "mutates", "packet",
-    "propagate", "rewrite", "stays", "views_of", "written",
+    "alike", "arguments", "batched", "constant", "fake_mode", "fit", "inherit", "match", "mutates", "of_levels",
+    "packet", "propagate", "rewrite", "stays", "views_of", "written",
 ]  # fmt: skip
 
 
@@ -133,6 +133,14 @@ def batched(node: Node) -> bool:
     """Whether what a node computes is batched by a level of vmap, outside of which torch computes nothing with it."""
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and torch._C._functorch.is_batchedtensor(value)
+
+
+def of_levels(target: Value) -> bool:
+    """Whether a call is one of those that levels of vmap, or of derivatives, consist of.
+
+    It is for its graph to run: it may enter a level that the calls after it are in, or leave one.
+    """
+    return getattr(target, "__module__", None) == "torch._functorch.predispatch"
 
 
 def constant(value: Value) -> bool:
