@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .capture import as_bound, names_of, program_of
+from .patterns.language import of_levels
 from .program import Program, get_attribute, set_attribute
 
 
@@ -49,6 +50,7 @@ def from_dynamo(
     interpreter, records = Levels(graph_module), torch.is_grad_enabled()
     with mode, torch.set_grad_enabled(records), torch.fx.traceback.preserve_node_meta():
         traced = make_fx(lambda *flat: interpreter.run(*flat), pre_dispatch=True)(*fakes)
+    erase_shadows(traced)
 
     names = {} if owner is None else names_of(owner)
     state: dict[str, Tensor] = {}
@@ -106,9 +108,14 @@ class Levels(Interpreter):
             torch.compiler._is_exporting_flag = before
 
 
-def of_levels(target: Any) -> bool:
-    """Whether a call is one of those that levels of vmap consist of."""
-    return getattr(target, "__module__", None) == "torch._functorch.predispatch"
+def erase_shadows(traced: GraphModule) -> None:
+    """Erases what torch has traced in nested levels of vmap besides the calls: views that nothing reads, of values that
+    are only fake."""
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if hasattr(get_attribute(traced, node.target), "fake_mode"):
+            for each in (*node.users, node):
+                if not each.users:
+                    traced.graph.erase_node(each)
 
 
 def is_weight(value: Any, source: str, names: Mapping[int, list[str]]) -> bool:

@@ -25,6 +25,7 @@ from .capture import Capture, handed_over, on_meta
 from .decoding import CacheShape, NoSteps, cache_shapes, default_length, first_line, step_of
 from .errors import CaptureError, CompileError, InputError, RecipeError
 from .inline import Inlined, inline, is_tensor
+from .kernels.float8 import FLOAT8
 from .kernels.kv_cache import KVFormat
 from .kernels.kv_update import kv_update
 from .kernels.op import OPS
@@ -45,6 +46,7 @@ OPTIONS = {
     "always_keep_tensor_constants": True,
     "joint_graph_constant_folding": False,
 }
+WRAPPER = "aot_inductor.compile_wrapper_opt_level"  # what a compiler is told of the code that calls kernels
 aten = torch.ops.aten
 INDEXING = {aten.index, aten.index_put, aten.index_put_}
 TOKENIZER_FILES = (
@@ -245,11 +247,22 @@ def compile_graph(name: str, graph: Graph, folder: Path, options: Mapping[str, A
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             torch._inductor.aoti_compile_and_package(
-                inlined.exported, package_path=path, inductor_configs={**options, **OPTIONS}
+                inlined.exported, package_path=path, inductor_configs={**settings(inlined.exported, options), **OPTIONS}
             )
     except Exception as error:
         raise CompileError(f"AOTInductor could not compile the graph {name}: {first_line(error)}") from error
     return inlined
+
+
+def settings(exported: ExportedProgram, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's settings of Inductor. Where torch does not include float8 in the code that calls kernels, as 2.11 does
+    not, the compiler is told to."""
+    found = dict(options)
+    values = (node.meta.get("val") for node in exported.graph.nodes)
+    if torch.__version__ < "2.13" and any(isinstance(v, Tensor) and v.dtype is FLOAT8 for v in values):
+        level = found.get(WRAPPER, torch._inductor.config.aot_inductor.compile_wrapper_opt_level)
+        found[WRAPPER] = f"{level} -include c10/util/Float8_e4m3fn.h"
+    return found
 
 
 def weights_of(exported: ExportedProgram, package: Path) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch.fx import Node
 from .errors import PassError
 from .kernels.op import OPS
 from .kernels.prune24 import prune24
-from .patterns.language import batched, propagate
+from .patterns.language import batched, of_levels, propagate
 from .program import Program, describe, expression
 
 # Operators whose result has sizes that only the data decide: a fresh propagation gives fresh symbols.
@@ -59,7 +59,7 @@ def verify_call(node: Node) -> None:
     if "val" not in node.meta:
         raise PassError(f"{node.format_node()} has no meta['val']")
     known = not isinstance(node.target, torch._ops.HigherOrderOperator) and not DATA_DEPENDENT & set(tags(node))
-    if known and not any(map(batched, (node, *node.all_input_nodes))):
+    if known and not of_levels(target) and not any(map(batched, (node, *node.all_input_nodes))):
         try:
             fresh = propagate(node)
         except Exception as error:

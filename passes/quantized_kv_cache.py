@@ -256,7 +256,8 @@ def attend(
     sight = seen(found, g)
     positions, mask = sight.positions, sight.mask
     if filled and stores[0] is not None and mask is not None and not sight.window:
-        positions = g.call(aten.minimum.default, positions, g.call(aten.select.int, stores[0].args[3], -1, -1))
+        newest = g.call(aten.select.int, as_stored(stores[0].args[3], stores[0]), -1, -1)  # of all rows, or of each
+        positions = g.call(aten.minimum.default, positions, g.call(aten.unsqueeze.default, newest, -1))
     scale, softcap = scale_of(found), softcap_of(found)
     codes, scales, *window = keys
     told = positions, sight.start, mask, scale, softcap, sight.window

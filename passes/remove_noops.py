@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from ..patterns.language import Any, Builder, Match, P, Rule, mutates, packet, rewrite, views_of, written
+from ..patterns.language import Any, Builder, Match, P, Rule, mutates, of_levels, packet, rewrite, views_of, written
 from ..program import Program
 from .base import Pass, Stage
 
@@ -119,8 +119,8 @@ def writes(node: Node) -> bool:
 
 
 def of_vmap(node: Node) -> bool:
-    """Whether a node begins or ends a level of vmap, as torch.export has them in its graphs."""
-    return getattr(node.target, "__name__", None) in ("_vmap_increment_nesting", "_vmap_decrement_nesting")
+    """Whether a node begins or ends a level of vmap."""
+    return of_levels(node.target) and node.target.__name__ in ("_vmap_increment_nesting", "_vmap_decrement_nesting")
 
 
 def erase_levels(program: Program) -> int:
@@ -139,6 +139,6 @@ def erase_levels(program: Program) -> int:
                 program.graph.erase_node(node)
                 program.graph.erase_node(start)
                 erased += 2
-        elif open_levels and getattr(node.target, "__module__", None) == "torch._functorch.predispatch":
+        elif open_levels and of_levels(node.target):
             open_levels[-1][1].append(node)
     return erased

@@ -9,8 +9,8 @@ from .language import Builder, arguments, packet
 
 aten = torch.ops.aten
 
-Dims = "list[int | None]"  # for each dimension of what a node became that of the node, None: it is the same along it
-Size = "int | Node"
+Dims = list[int | None]  # for each dimension of what a node became that of the node, None: it is the same along it
+Size = int | Node
 
 
 def sizes(node: Node) -> list[str]:

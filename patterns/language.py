@@ -29,8 +29,8 @@ from torch.fx import Graph, Node
 
 __all__ = [
     "Any", "Builder", "Either", "Match", "Maybe", "Miss", "P", "Rule", "Weight",
-    "arguments", "batched", "constant", "fake_mode", "fit", "inherit", "match", "mutates", "packet", "propagate",
-    "rewrite", "stays", "views_of", "written",
+    "alike", "arguments", "batched", "constant", "fake_mode", "fit", "inherit", "match", "mutates", "of_levels",
+    "packet", "propagate", "rewrite", "stays", "views_of", "written",
 ]  # fmt: skip
 
 
@@ -121,15 +121,26 @@ def alike(one: Value, other: Value) -> bool:
     pure = one.op == other.op == "call_function" and one.target is other.target and not mutates(one)
     if not pure or torch.Tag.nondeterministic_seeded in getattr(one.target, "tags", ()):
         return False
+    if not (stays(one) and stays(other)):
+        return False
     if packet(one.target) is torch.ops.aten.expand_as:  # of the other tensor, it takes the sizes alone
         return alike(one.args[0], other.args[0]) and str(found[0].shape) == str(found[1].shape)
-    return alike(one.args, other.args) and one.kwargs == other.kwargs
+    given, asked = ([*each.args, *each.kwargs, *each.kwargs.values()] for each in (one, other))
+    return alike(given, asked)
 
 
 def batched(node: Node) -> bool:
     """Whether what a node computes is batched by a level of vmap, outside of which torch computes nothing with it."""
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and torch._C._functorch.is_batchedtensor(value)
+
+
+def of_levels(target: Value) -> bool:
+    """Whether a call is one of those that levels of vmap, or of derivatives, consist of.
+
+    It is for its graph to run: it may enter a level that the calls after it are in, or leave one.
+    """
+    return getattr(target, "__module__", None) == "torch._functorch.predispatch"
 
 
 def constant(value: Value) -> bool:

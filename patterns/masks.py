@@ -81,7 +81,7 @@ def ahead(node: Node, dims: Dims) -> tuple[Node, Dims, int]:
     while True:
         node, dims = behind(node, dims)
         given = arguments(node) if packet(node.target) in STEPS else ()
-        if len(given) != 3 or type(given[1]) is not int or given[2] != 1 or not stays(given[0]):
+        if len(given) != 3 or type(given[1]) is not int or given[2] != 1 or not (stays(given[0]) and stays(node)):
             return node, dims, total
         node, total = given[0], total + STEPS[packet(node.target)] * given[1]
 

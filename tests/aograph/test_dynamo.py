@@ -71,3 +71,19 @@ def test_what_is_inside_of_vmap_stays(fresh_compiler):
     fast = torch.compile(model, backend="aograph", options={"recipe": "int8wo", "compile": False})
     with torch.no_grad():
         assert 0 < (fast(X) - model(X)).norm() / model(X).norm() < 0.02
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_levels_of_vmap_in_others_bring_no_constants(dynamic, fresh_compiler):
+    reports = []
+    model = nn.Sequential(nn.Linear(64, 64), Nested())
+    options = {"recipe": "int8wo", "compile": False, "report": reports.append}
+    fast = torch.compile(model, backend="aograph", dynamic=dynamic, options=options)
+    with torch.no_grad():
+        assert 0 < (fast(X) - model(X)).norm() / model(X).norm() < 0.02
+    assert [report.bytes_before for report in reports] == [65 * 64 * 4]
+
+
+class Nested(nn.Module):
+    def forward(self, x):
+        return torch.vmap(torch.vmap(lambda each: each.sin() + 1), in_dims=1, out_dims=1)(x)

@@ -121,6 +121,14 @@ def test_a_changed_argument():
         verify(program)
 
 
+def test_an_error_inside_of_vmap_leaves_its_level():
+    program = program_of(lambda m, x, y: torch.vmap(lambda each: each + y.exp())(x), X, X[0])
+    find(program, "aten.exp").meta["val"] = None
+    with pytest.raises(PassError, match=r"exp.* is said to be None"):
+        verify(program)
+    assert torch._C._functorch.maybe_current_level() is None
+
+
 def test_a_tied_weight_that_has_become_two():
     program = program_of(Tied(), torch.arange(3)[None])
     verify(program)

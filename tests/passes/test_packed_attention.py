@@ -64,8 +64,12 @@ def test_attention_reads_what_is_packed(form):
     assert [(row.outcome, row.scheme) for row in report.caches] == [("rewritten", {8: "kv8", 4: "kv4"}[form.bits])] * 2
 
 
-def test_a_mask_is_read_up_to_the_newest_token():
-    values = inputs(INT8, 20)
+@pytest.mark.parametrize("first", [20, (20, 50)], ids=["all rows", "each row"])
+def test_a_mask_is_read_up_to_the_newest_token(first):
+    values = list(inputs(INT8, 20))
+    if first != 20:
+        positions = values[2] + torch.tensor([[0], [first[1] - first[0]]])
+        values[2:4] = positions, (torch.arange(S) <= positions[..., None])[:, None]
     program, report = rewritten(Given(sdpa), values)
     assert [row.notes for row in report.caches] == [["its mask is passed on"]] * 2
     seen = []
@@ -74,7 +78,7 @@ def test_a_mask_is_read_up_to_the_newest_token():
     node.target = lambda *args: seen.append(args[5]) or kv_attention(*args)
     program.graph_module.recompile()
     program.graph_module(*values)
-    assert torch.equal(seen[0], torch.full((B, T), 20 + T - 1))
+    assert torch.equal(seen[0], values[2].expand(B, T)[:, -1:].expand(B, T))
 
 
 @pytest.mark.parametrize("form", [INT4, INT4_CHANNEL], ids=["int4", "channel"])

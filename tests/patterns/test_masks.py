@@ -56,10 +56,11 @@ def test_the_first_that_is_seen(function, shift):
     assert found.first and found.node.target == "inputs_0" and (found.dims, found.shift) == ([None, 0], shift)
 
 
-def test_numbers_are_not_looked_behind_where_something_is_written():
+@pytest.mark.parametrize("sum_too", [False, True])
+def test_numbers_are_not_looked_behind_where_something_is_written(sum_too):
     def function(p):
         ahead = p + 3
-        p.zero_()
+        (ahead[:1] if sum_too else p).zero_()
         return (torch.arange(S) <= ahead[:, None])[None, None]
 
     _, node = mask(function, POSITIONS.clone())
