@@ -1,9 +1,9 @@
 """Linear layers on int8 and int4 weights on the CPU, compiled at first use by the machine's own C++ compiler.
 
-The sources are ``cpu_native.cpp``, for x in its own precision, and ``cpu_scaled.cpp``, for x in int8. Their build is
-kept in the folder of ``cache.py``, named by the sources, the flags, the compiler and the processor, so that a folder
-shared by several machines serves each its own build. A machine without a compiler is no error: ``available()`` then
-says why, in one sentence.
+The sources are ``cpu_native.cpp``, for x in its own precision, and ``cpu_scaled.cpp`` and ``cpu_dots.cpp``, for many
+and few rows of x in int8. Their build is kept in the folder of ``cache.py``, named by the sources, the flags, the
+compiler and the processor, so that a folder shared by several machines serves each its own build. A machine without a
+compiler is no error: ``available()`` then says why, in one sentence.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from . import cache
 
 __all__ = ["available", "int8_linear", "int4_linear", "int8_scaled_linear"]
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu_native.cpp", "cpu_scaled.cpp")]
-HEADER = Path(__file__).with_suffix(".h")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu_native.cpp", "cpu_scaled.cpp", "cpu_dots.cpp")]
+HEADERS = [Path(__file__).with_name(name) for name in ("cpu_native.h", "cpu_scaled.h")]
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GROUPS = (32, 64, 128, 256)
@@ -205,9 +205,8 @@ def _library() -> ctypes.CDLL | str:
         return compiler
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=TIMEOUT, check=True).stdout
-        path = cache.entry(
-            "cpu_native.so", *(each.read_bytes() for each in (*SOURCES, HEADER)), compiler, FLAGS, version, _processor()
-        )
+        sources = [each.read_bytes() for each in (*SOURCES, *HEADERS)]
+        path = cache.entry("cpu_native.so", *sources, compiler, FLAGS, version, _processor())
         with contextlib.suppress(OSError):  # not writable, or mounted so that nothing there may be loaded
             return _load(compiler, path)
         with tempfile.TemporaryDirectory(prefix="aograph-") as folder:  # a loaded library outlives its file
