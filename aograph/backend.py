@@ -27,6 +27,7 @@ from torch.fx import GraphModule, Node
 
 from . import pipeline
 from .cost import roofline
+from .decoding import first_line
 from .dynamo import DynamoGraph, from_dynamo
 from .errors import AographError, InputError, RecipeError
 from .frozen import Frozen
@@ -140,7 +141,13 @@ def compiled(graph_module: GraphModule, example_inputs: Sequence[Any], options: 
         complain("the graph runs under autocast, where nothing is rewritten: cast the model instead", options.strict)
         return inductor(graph_module, example_inputs)
 
-    dynamo = from_dynamo(graph_module, example_inputs, options.model)
+    try:
+        dynamo = from_dynamo(graph_module, example_inputs, options.model)
+    except Exception as error:  # of torch's tracer, such as at torch.utils.checkpoint, which Inductor knows
+        complain(
+            f"the graph cannot be traced to ATen, so nothing of it is rewritten: {first_line(error)}", options.strict
+        )
+        return inductor(graph_module, example_inputs)
     program, recipe = dynamo.program, options.recipe.lenient()
     if recipe.statistics and dynamo.shared:
         recipe = dataclasses.replace(recipe, statistics={})

@@ -13,6 +13,7 @@ from aograph.kernels.kv_attention import kv_attention
 from aograph.kernels.kv_cache import INT8
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import aograph
 from aograph import InputError, LinearStatistics, RecipeError, WeightError, pipeline
@@ -248,6 +249,20 @@ def test_nothing_is_silent():
     told = pytest.warns(UserWarning, match="under autocast, where nothing is rewritten")
     with told, torch.autocast("cpu", torch.bfloat16):
         assert compiled(MLP().eval())(X).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_what_cannot_be_traced_runs_as_it_is(compile):
+    class Checkpointed(MLP):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    model, x = Checkpointed(), X.clone().requires_grad_()
+    with pytest.warns(UserWarning, match="cannot be traced to ATen, so nothing of it is rewritten: .*checkpoint"):
+        y = compiled(model, compile=compile)(x)
+    close(y, model(x))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    close(gradient, torch.autograd.grad(model(x).sum(), x)[0])
 
 
 def test_inductors_options_and_modes_go_through():
