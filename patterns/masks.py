@@ -48,7 +48,7 @@ class Limit:
 def parts(node: Node, dims: Dims, negated: bool = False) -> Iterator[Part]:
     """The factors of a mask of booleans; all of them have to show a position."""
     node, dims = behind(node, dims)
-    kind = packet(node.target)
+    kind = packet(node.target) if stays(node) else None
     if kind in NOT:
         yield from parts(arguments(node)[0], dims, not negated)
     elif kind in (OR if negated else AND) and all(isinstance(each, Node) for each in arguments(node)):
@@ -152,6 +152,8 @@ def chosen(node: Node, dims: Dims) -> Part | None:
         if node is before:
             return None
     given = arguments(node)
+    if not stays(node):
+        return None
     if packet(node.target) is aten.masked_fill:
         shown, other, condition, negated = given[0], given[2], given[1], True
     elif packet(node.target) is aten.where and len(given) == 3:

@@ -538,10 +538,23 @@ def test_windows(mask, left):
     assert attention.args[10] == 5 and (attention.args[7] is not None) == left
 
 
+def hidden_later(mask, value):
+    """A mask in which a position is hidden in place."""
+
+    def function(p):
+        found = mask(p)
+        found[:, 2] = value
+        return found
+
+    return function
+
+
 LEFT_AS_THEY_ARE = {
     "an empty window": lambda p: (torch.arange(S) <= p[:, None]) & (torch.arange(S) > p[:, None] + 40) | sliding(p),
     "of two positions": lambda p: (torch.arange(S) <= p[:, None]) & (torch.arange(S) > (p * 1)[:, None] - 5),
     "to add, but not to hide": lambda p: torch.where(sliding(p), 0.0, -3.0),
+    "of booleans, written": hidden_later(lambda p: sliding(p) & (torch.arange(S) != 3), False),
+    "to add, written": hidden_later(lambda p: torch.where(sliding(p), 0.0, -1e9), -1e9),
 }
 
 
