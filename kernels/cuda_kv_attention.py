@@ -18,6 +18,7 @@ from .op import Case, need
 KINDS = {"int8": 0, "fp8": 1, "int4": 2}  # as the kernels have them, and
 INPUTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 UNIT, LEAST = 32, 4  # tokens that a warp takes at a time, and how often a block does, at least
+COMBINERS = 128  # threads that put together what blocks add up
 BARRIERS = 1024  # bytes of shared memory ahead of the ring
 MOST_STAGES = 8  # of a warp
 MOST_WAVES = 8  # of blocks
@@ -74,9 +75,13 @@ class Sizes:
         return BARRIERS + max(self.warps * self.stages * self.stage + self.fragments, sums)
 
     def defines(
-        self, dtype: torch.dtype, mask: torch.dtype | None, window: torch.dtype | None = None
+        self,
+        dtype: torch.dtype,
+        mask: torch.dtype | None = None,
+        window: torch.dtype | None = None,
+        sinks: torch.dtype | None = None,
     ) -> dict[str, int]:
-        """window: the dtype of that of keys by channel."""
+        """Of q in a dtype; window: the dtype of that of keys by channel."""
         groups = grouped(self.keys, self.values)
         by_channel = {"BLOCK": self.keys.block, "WINDOW": INPUTS[window]} if self.keys.block else {}
         return by_channel | {
@@ -89,6 +94,7 @@ class Sizes:
             "WARPS": self.warps,
             "STAGES": self.stages,
             "MASK": {None: 0, torch.bool: 1, dtype: 2, torch.float32: 3}[mask],
+            "SINKS": 0 if sinks is None else INPUTS[sinks] + 1,
         }
 
 
@@ -109,7 +115,6 @@ def supports(case: Case) -> bool | str:
         (block is None or block % UNIT == 0, f"blocks of keys are no multiples of {UNIT} tokens"),
         (block is None or case.K % 32 == 0, "the head size is no multiple of 32, by channel"),
         (case.dtype in (torch.bfloat16, torch.float16), "takes bf16 and fp16 q only"),
-        (not case.sinks, "has no attention sinks"),
         (case.M is not None, "T is unknown"),
         (not case.fresh or (case.M or 0) <= FEW, "reads all tokens from the cache"),
         (case.K == case.N, "keys and values have heads of different sizes"),
@@ -145,6 +150,7 @@ def attention(
     window: int,
     k_window: Tensor | None,
     k_held: Tensor | None,
+    sinks: Tensor | None,
     case: CacheCase,
 ) -> Tensor:
     """`kv_attention` of a case that `supports` takes. Caches that are not contiguous are copied."""
@@ -158,7 +164,7 @@ def attention(
     rows, pairs = Hq // H * T, B * H
     q, k, k_scales, v, v_scales = (_aligned(each) for each in (q, k, k_scales, v, v_scales))
     positions = positions.contiguous()
-    start, k_held = (None if each is None else each.contiguous() for each in (start, k_held))
+    start, k_held, sinks = (None if each is None else each.contiguous() for each in (start, k_held, sinks))
     k_window = None if k_window is None else _aligned(k_window)
     sizes = Sizes(D, -(-rows // 8), case.keys, case.values)
     strides = (0, 0, 0)
@@ -170,24 +176,22 @@ def attention(
     if blocks > 1:
         sums = q.new_empty(pairs, blocks, rows, D, dtype=torch.float32)
         tops = q.new_empty(pairs, blocks, rows, 2, dtype=torch.float32)
-    dtypes = [None if each is None else each.dtype for each in (mask, k_window)]
+    dtypes = [None if each is None else each.dtype for each in (mask, k_window, sinks)]
     attend, combine = _kernels(sizes, q.dtype, *dtypes, q.device)
     with torch.cuda.device_of(q):
         boxes = [
             cuda.boxes(codes.data_ptr(), (pairs * codes.shape[2], codes.shape[3]), 1, (UNIT, width), swizzle=width)
             for codes, (_, width) in ((k, sizes.segments(case.keys)), (v, sizes.segments(case.values)))
         ]
-        seen = positions, start
         attend(
             (pairs * blocks, 1, 1),
             sizes.warps * 32,
-            (q, boxes[0], k_scales, boxes[1], v_scales, k_window, k_held, *seen, mask, y, sums, tops, float(scale),
-             float(softcap), window, blocks, H, rows, T, S, *strides),
+            (q, boxes[0], k_scales, boxes[1], v_scales, k_window, k_held, positions, start, mask, sinks, y, sums, tops,
+             float(scale), float(softcap), window, blocks, H, rows, T, S, *strides),
             shared=sizes.shared,
         )  # fmt: skip
         if blocks > 1:
-            arguments = sums, tops, *seen, y, window, blocks, H, rows, T, S
-            combine((pairs * rows, 1, 1), 256, arguments, shared=blocks * 4)
+            combine((pairs * rows, 1, 1), COMBINERS, (sums, tops, sinks, y, blocks, H, rows, T), shared=blocks * 4)
     return y
 
 
@@ -212,7 +216,12 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 @cache
 def _kernels(
-    sizes: Sizes, dtype: torch.dtype, mask: torch.dtype | None, window: torch.dtype | None, device: torch.device
+    sizes: Sizes,
+    dtype: torch.dtype,
+    mask: torch.dtype | None,
+    window: torch.dtype | None,
+    sinks: torch.dtype | None,
+    device: torch.device,
 ):
-    defines = sizes.defines(dtype, mask, window)
+    defines = sizes.defines(dtype, mask, window, sinks)
     return [cuda.kernel("kv_attention.cu", name, device, **defines) for name in ("kv_attend", "kv_combine")]

@@ -5,6 +5,9 @@
 // beyond it ends at once. Each warp works on units of 32 tokens of its own, which one of its threads brings to its ring
 // in shared memory; no warp waits for another: warps, then blocks, meet at the end, in a fixed order.
 //
+// While the grids ahead still run, each warp asks for its first unit to be in the L2 when they have ended. That is a hint,
+// by positions that they may be about to write, and right whatever they write, as all see the same L2.
+//
 // Both products have codes as the left operand of mma.m16n8k16, so that few rows fill its short side: scores = K · qᵀ,
 // 16 tokens at a time, and yᵀ = Vᵀ · pᵀ, 16 of a head's dimensions at a time, where ldmatrix transposes codes in pairs.
 // Codes of 8 bits are exact in bf16: the scale of a key meets its score, that of a value its probability. int4 becomes
@@ -13,8 +16,8 @@
 //
 // Defines: FP16 (q and y are fp16, else bf16), HEAD (a multiple of 16, for int4 of 32), KEYS and VALUES (0: int8, 1:
 // e4m3, 2: int4), GROUP (d that share a scale of int4: 32 or a multiple), TILES (of 8 rows), WARPS, STAGES (of a warp's
-// ring), MASK (0: none, 1: bool, 2: as q, 3: fp32); of keys by channel BLOCK, the tokens that share a scale, a multiple of
-// 32, and WINDOW (0: bf16, 1: fp16, 2: fp32).
+// ring), MASK (0: none, 1: bool, 2: as q, 3: fp32), SINKS (0: none, 1: bf16, 2: fp16, 3: fp32); of keys by channel BLOCK,
+// the tokens that share a scale, a multiple of 32, and WINDOW (0: bf16, 1: fp16, 2: fp32).
 // Boxes: 32 tokens of SEGMENT bytes, swizzled by as many.
 
 #define HALF 0
@@ -31,9 +34,11 @@ extern __shared__ __align__(1024) u8 shared[];
 #define RINGS (WARPS * STAGES)
 #define THREADS (WARPS * 32)
 #define ROWS (TILES * 8)
+#define COMBINERS 128 // threads of a block of `kv_combine`
 #define PITCH (HEAD + 4) // of sums in shared memory, against bank conflicts
 #define LOG2E 1.4426950408889634f
-#define UNIT_4 0x1p43f // of what int4 becomes
+#define UNIT_4 0x1p43f // of what int4 becomes,
+#define UNIT_8 0x1p13f // and int8
 #define NOTHING (-1e30f) // the largest score where there is none
 
 template <int KIND>
@@ -45,7 +50,7 @@ struct Format {
   static constexpr int GROUPS = KIND == INT4 ? HEAD / GROUP : 1; // scales of a token, 4 bytes each
   static constexpr int CODES = SEGMENTS * SEGMENT * UNIT;        // bytes of a unit
   static constexpr int SCALES = UNIT * GROUPS * 4;
-  static constexpr float FACTOR = KIND == INT4 ? UNIT_4 : 1; // of what is lacking from the products
+  static constexpr float FACTOR = KIND == INT4 ? UNIT_4 : KIND == INT8 ? UNIT_8 : 1; // lacking from the products
 };
 typedef Format<KEYS> Keys;
 typedef Format<VALUES> Values;
@@ -97,10 +102,14 @@ __device__ __forceinline__ u32 of_y(float low, float high) {
 #endif
 }
 
-// Codes of 8 bits in bytes 0 and 2, or `odd`: 1 and 3, exactly. e4m3 moves to where bf16 has exponent and mantissa.
+// Codes of 8 bits in bytes 0 and 2, or `odd`: 1 and 3, exactly. int8 over UNIT_8: a byte alone is so many times 2^-133 as a
+// bf16 number, and the codes have become bytes by adding 128. e4m3 moves to where bf16 has exponent and mantissa.
 template <int KIND>
 __device__ __forceinline__ u32 from_8(u32 v, int odd) {
-  if (KIND == INT8) return from_int8(odd ? v >> 8 : v);
+  if (KIND == INT8) {
+    const u32 bytes = v ^ 0x80808080u;
+    return multiply_add2(odd ? permute(bytes, 0, 0x4341) : bytes & 0x00FF00FFu, 0x7B807B80u, 0xBC80BC80u); // 2^120, -2^-6
+  }
   const u32 high = odd ? v : v << 8;
   return multiply2(mask_or(high >> 4, 0x07F007F0u, high & 0x80008000u), 0x7B807B80u); // 2^120
 }
@@ -117,24 +126,29 @@ __device__ __forceinline__ u32 from_4(u32 v, int high, const Scales& by) {
   return multiply_add2(v & (high ? 0x00F000F0u : 0x000F000Fu), high ? by.high : by.low, by.minimum);
 }
 
-// What a row of the batch sees, and what a block of it works on, in tokens.
-struct Part {
-  int begin, end, blocks; // blocks: that work
-};
-__device__ __forceinline__ Part part_of(int low, int high, int block, int blocks) {
-  low = low / UNIT * UNIT;
-  const int units = max(high - low + UNIT - 1, 0) / UNIT;
-  const int share = max((units + blocks - 1) / blocks, LEAST) * UNIT;
-  const int begin = low + block * share;
-  return {begin, min(begin + share, high), (units * UNIT + share - 1) / share};
-}
-// The first position that token t of row b sees and the last; S and -1 where it sees none.
+// The first position that token t of row b sees and the last; S and -1 where it sees none. For a hint it is asked before
+// the grids ahead have ended, so that nothing of it may stay in the L1.
 __device__ __forceinline__ int2 seen(const long long* positions, const long long* start, int b, int t, int T, int S,
                                      int window) {
-  const long long last = positions[(size_t)b * T + t];
-  long long first = start ? max(start[b], 0ll) : 0;
+  const long long last = load_8_from_L2(positions + (size_t)b * T + t);
+  long long first = start ? max(load_8_from_L2(start + b), 0ll) : 0;
   if (window > 0) first = max(first, last - window + 1);
   return first > last || first >= S ? make_int2(S, -1) : make_int2((int)first, (int)min(last, S - 1ll));
+}
+
+// That of a query head, in powers of 2.
+__device__ __forceinline__ float sink_of(const u8* sinks, int head) {
+#if SINKS == 1
+  return __uint_as_float((u32)load_2(sinks + head * 2) << 16) * LOG2E;
+#elif SINKS == 2
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(load_2(sinks + head * 2)));
+  return f * LOG2E;
+#elif SINKS == 3
+  return ((const float*)sinks)[head] * LOG2E;
+#else
+  return NOTHING;
+#endif
 }
 
 // s += K · qᵀ of 16 tokens, whose codes and scales are these in shared memory; of int4 alone the scales are in it
@@ -307,31 +321,92 @@ __device__ __forceinline__ void add_values(float (*y)[TILES][4], u32 codes, cons
 
 // q [B, H, rows, HEAD], rows = G T, of which row r is token r % T; caches [B, H, S, HEAD], their scales [B, H, S,
 // GROUPS], 4 bytes each; of keys by channel codes [B, H, P, HEAD], scales [B, H, P / BLOCK, HEAD], window [B, H, BLOCK,
-// HEAD] and held [B]; positions [B, T]; start [B] or null; mask by its strides -> y as q, where a row of the batch
-// has one block; else sums [B H, blocks, rows, HEAD] and, of each, tops [B H, blocks, rows]: the largest score, in
-// powers of 2, and the sum of probabilities, for `kv_combine`. S % 4 = 0. Scores are (q · k) * scale, or cap * tanh of
-// it where cap > 0.
+// HEAD] and held [B]; positions [B, T]; start [B] or null; mask by its strides; sinks [H G] -> y as q, where a row of the
+// batch has one block; else sums [B H, blocks, rows, HEAD] and, of each, tops [B H, blocks, rows]: the largest score, in
+// powers of 2, and the sum of probabilities, 0 and no sums where a block has no tokens, for `kv_combine`. S % 4 = 0.
+// Scores are (q · k) * scale, or cap * tanh of it where cap > 0.
 // Grid: blocks B H.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, const __grid_constant__ Matrix v,
           const u8* v_scales, const u8* k_window, const long long* k_held, const long long* positions,
-          const long long* start, const u8* mask, u16* y, float* sums, float2* tops, float scale, float cap, int window,
-          int blocks, int H, int rows, int T, int S, int mask_row, int mask_head, int mask_token) {
+          const long long* start, const u8* mask, const u8* sinks, u16* y, float* sums, float2* tops, float scale,
+          float cap, int window, int blocks, int H, int rows, int T, int S, int mask_row, int mask_head,
+          int mask_token) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int head = blockIdx.x / blocks, block = blockIdx.x % blocks, b = head / H;
   const u32 full = shared_address(shared), ring = full + BARRIERS;
+  const u64 policy = read_once();
+  // What a row of the batch sees, and what of it is this block's.
+  struct Work {
+    int2 mine; // of this lane's token
+    int begin, units;
+  };
+  auto work_of = [&] {
+    Work w;
+    w.mine = lane < T ? seen(positions, start, b, lane, T, S, window) : make_int2(S, -1);
+    const int first = __reduce_min_sync(~0u, w.mine.x), last = __reduce_max_sync(~0u, w.mine.y);
+    const int from = first / UNIT, units = max((last + UNIT) / UNIT - from, 0);
+    const int share = max((units + blocks - 1) / blocks, LEAST);
+    w.begin = (from + block * share) * UNIT;
+    w.units = min(max(units - block * share, 0), share);
+    return w;
+  };
+  // Where a unit is: its codes by rows of the matrices, its scales by bytes.
+  struct Place {
+    size_t k, v, k_scales, v_scales;
+    u32 k_bytes, v_bytes; // of scales
+  };
+  auto place_of = [&](int token) {
+    const u32 count = min(UNIT, S - token);
+    const size_t at = (size_t)head * S + token;
+#ifdef BLOCK
+    const size_t k_at = (size_t)head * ((S + BLOCK - 1) / BLOCK * BLOCK) + token;
+    return Place{k_at, at, k_at / BLOCK * KEY_SCALES, at * Values::GROUPS * 4, KEY_SCALES, count * Values::GROUPS * 4};
+#else
+    return Place{at, at, at * Keys::GROUPS * 4, at * Values::GROUPS * 4, count * Keys::GROUPS * 4,
+                 count * Values::GROUPS * 4};
+#endif
+  };
+  auto fetch = [&](const Work& w, int unit, int stage) { // unit: of the block; lane 0 alone
+    const Place at = place_of(w.begin + unit * UNIT);
+    const u32 barrier = full + stage * 8, codes = ring + stage * STAGE;
+    const u32 scales = ring + RINGS * STAGE + stage * STAGE_SCALES;
+    barrier_expect(barrier, STAGE + at.k_bytes + at.v_bytes);
+#pragma unroll
+    for (int i = 0; i < Keys::SEGMENTS; i++)
+      copy_box(codes + i * UNIT * Keys::SEGMENT, k, i * Keys::SEGMENT, at.k, barrier, policy);
+    copy_bulk(scales, k_scales + at.k_scales, at.k_bytes, barrier, policy);
+#pragma unroll
+    for (int i = 0; i < Values::SEGMENTS; i++)
+      copy_box(codes + Keys::CODES + i * UNIT * Values::SEGMENT, v, i * Values::SEGMENT, at.v, barrier, policy);
+    copy_bulk(scales + KEY_SCALES, v_scales + at.v_scales, at.v_bytes, barrier, policy);
+  };
+  let_next_grid_start();
   if (threadIdx.x < RINGS) {
     barrier_init(full + threadIdx.x * 8, 1);
     barriers_ready();
   }
+#ifndef BLOCK // by channel it takes longer than it saves
+  if (const Work likely = work_of(); lane == 0 && warp < likely.units) {
+    const Place at = place_of(likely.begin + warp * UNIT);
+#pragma unroll
+    for (int i = 0; i < Keys::SEGMENTS; i++) prefetch_box(k, i * Keys::SEGMENT, at.k);
+    prefetch_bulk(k_scales + at.k_scales, at.k_bytes);
+#pragma unroll
+    for (int i = 0; i < Values::SEGMENTS; i++) prefetch_box(v, i * Values::SEGMENT, at.v);
+    prefetch_bulk(v_scales + at.v_scales, at.v_bytes);
+  }
+#endif
   __syncthreads();
   wait_for_previous_grid();
-  let_next_grid_start();
 
-  const int2 mine = lane < T ? seen(positions, start, b, lane, T, S, window) : make_int2(S, -1);
-  const int first = __reduce_min_sync(~0u, mine.x), last = __reduce_max_sync(~0u, mine.y);
-  const Part part = part_of(first, last + 1, block, blocks);
-  if (blocks > 1 && part.begin >= part.end) return;
+  const Work work = work_of();
+  const int2 mine = work.mine;
+  const int units = work.units;
+  if (blocks > 1 && units == 0) {
+    if (threadIdx.x < rows) tops[(size_t)blockIdx.x * rows + threadIdx.x] = make_float2(NOTHING, 0);
+    return;
+  }
   // between these, all rows see all
   const int all_from = __reduce_max_sync(~0u, lane < T ? mine.x : 0);
   const int all_to = MASK ? 0 : __reduce_min_sync(~0u, lane < T ? mine.y : S) + 1;
@@ -341,32 +416,8 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
 #pragma unroll
   for (int i = 0; i < TILES * 2; i++) top[i / 2][i % 2] = NOTHING;
 
-  const int units = max(part.end - part.begin + UNIT - 1, 0) / UNIT;
-  const u64 policy = read_once();
-  auto fetch = [&](int unit, int stage) { // unit: of the block; lane 0 alone
-    const int token = part.begin + unit * UNIT, count = min(UNIT, S - token); // of scales
-    const size_t at = (size_t)head * S + token;
-    const u32 barrier = full + stage * 8, codes = ring + stage * STAGE;
-    const u32 scales = ring + RINGS * STAGE + stage * STAGE_SCALES;
-#ifdef BLOCK
-    const size_t k_at = (size_t)head * ((S + BLOCK - 1) / BLOCK * BLOCK) + token, k_scale = k_at / BLOCK * HEAD;
-    const u32 k_bytes = KEY_SCALES;
-#else
-    const size_t k_at = at, k_scale = at * Keys::GROUPS;
-    const u32 k_bytes = count * Keys::GROUPS * 4;
-#endif
-    barrier_expect(barrier, STAGE + k_bytes + count * 4 * Values::GROUPS);
-#pragma unroll
-    for (int i = 0; i < Keys::SEGMENTS; i++)
-      copy_box(codes + i * UNIT * Keys::SEGMENT, k, i * Keys::SEGMENT, k_at, barrier, policy);
-    copy_bulk(scales, k_scales + k_scale * 4, k_bytes, barrier, policy);
-#pragma unroll
-    for (int i = 0; i < Values::SEGMENTS; i++)
-      copy_box(codes + Keys::CODES + i * UNIT * Values::SEGMENT, v, i * Values::SEGMENT, at, barrier, policy);
-    copy_bulk(scales + KEY_SCALES, v_scales + at * Values::GROUPS * 4, count * Values::GROUPS * 4, barrier, policy);
-  };
   if (lane == 0)
-    for (int stage = warp; stage < min(units, RINGS); stage += WARPS) fetch(stage, stage);
+    for (int stage = warp; stage < min(units, RINGS); stage += WARPS) fetch(work, stage, stage);
   __syncwarp();
   uint2* fragments = (uint2*)(shared + BARRIERS + RINGS * (STAGE + STAGE_SCALES));
   keep_q(fragments, q + (size_t)head * rows * HEAD, rows);
@@ -390,7 +441,7 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
 #endif
   int stage = warp, phase = 0;
   for (int unit = warp; unit < units; unit += WARPS) {
-    const int token = part.begin + unit * UNIT;
+    const int token = work.begin + unit * UNIT;
     const u32 codes = ring + stage * STAGE;
     u32* k_pairs = (u32*)(shared + BARRIERS + RINGS * STAGE + stage * STAGE_SCALES);
     u32* v_pairs = k_pairs + KEY_SCALES / 4;
@@ -485,7 +536,7 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
     }
     before_copies();
     __syncwarp();
-    if (lane == 0 && unit + RINGS < units) fetch(unit + RINGS, stage);
+    if (lane == 0 && unit + RINGS < units) fetch(work, unit + RINGS, stage);
     if ((stage += WARPS) >= RINGS) stage -= RINGS, phase ^= 1;
   }
 
@@ -521,6 +572,12 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
       result.x = fmaf(s.x, by, result.x), result.y = fmaf(s.y, by, result.y);
       result.z = fmaf(s.z, by, result.z), result.w = fmaf(s.w, by, result.w);
     }
+    if (SINKS && blocks == 1) {
+      const float sink = sink_of(sinks, head % H * (rows / T) + row / T), highest = fmaxf(largest, sink);
+      const float by = exp2_fast(largest - highest);
+      total = fmaf(total, by, exp2_fast(sink - highest));
+      result.x *= by, result.y *= by, result.z *= by, result.w *= by;
+    }
     const size_t to = (blocks > 1 ? (size_t)blockIdx.x : head) * rows + row;
     const float by = Values::FACTOR * (blocks > 1 ? 1 : total == 0 ? 0 : 1 / total);
     result.x *= by, result.y *= by, result.z *= by, result.w *= by;
@@ -534,50 +591,58 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
 }
 
 #define LANES (HEAD / 4)
-#define TEAMS (256 / LANES) // that take blocks in turns
+#define TEAMS (COMBINERS / LANES) // that take blocks in turns
+#define AT_ONCE 8                 // of a team: blocks whose sums are on their way while the tops are
 
-// sums and tops of `kv_attend`, for the same positions -> y. Grid: B H rows; shared: 4 bytes for each block.
-extern "C" __global__ void __launch_bounds__(256)
-kv_combine(const float* sums, const float2* tops, const long long* positions, const long long* start, u16* y,
-           int window, int blocks, int H, int rows, int T, int S) {
-  const int head = blockIdx.x / rows, row = blockIdx.x % rows, lane = threadIdx.x % 32, b = head / H;
-  __shared__ float of_warps[16];
-  __shared__ float4 parts[256];
+// sums and tops of `kv_attend`, sinks -> y. Grid: B H rows; shared: 4 bytes for each block.
+extern "C" __global__ void __launch_bounds__(COMBINERS)
+kv_combine(const float* sums, const float2* tops, const u8* sinks, u16* y, int blocks, int H, int rows, int T) {
+  const int head = blockIdx.x / rows, row = blockIdx.x % rows, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  __shared__ float of_warps[2][COMBINERS / 32];
+  __shared__ float4 parts[COMBINERS];
   float* weights = (float*)shared;
-  wait_for_previous_grid();
   let_next_grid_start();
-  const int2 mine = lane < T ? seen(positions, start, b, lane, T, S, window) : make_int2(S, -1);
-  const int first = __reduce_min_sync(~0u, mine.x), last = __reduce_max_sync(~0u, mine.y);
-  const int working = part_of(first, last + 1, 0, blocks).blocks;
+  wait_for_previous_grid();
   const float2* of = tops + (size_t)head * blocks * rows + row;
-  float largest = NOTHING, total = 0;
-  for (int i = threadIdx.x; i < working; i += 256) largest = fmaxf(largest, of[(size_t)i * rows].x);
+  const int team = threadIdx.x / LANES, d = threadIdx.x % LANES * 4;
+  const float* at = sums + ((size_t)head * blocks * rows + row) * HEAD + d;
+  const auto load = [&](int i) { return *(const float4*)(at + (size_t)i * rows * HEAD); };
+  float4 first[AT_ONCE]; // of blocks without tokens whatever is there
+#pragma unroll
+  for (int j = 0; j < AT_ONCE; j++)
+    if (team < TEAMS && team + j * TEAMS < blocks) first[j] = load(team + j * TEAMS);
+  const float sink = sink_of(sinks, head % H * (rows / T) + row / T);
+  float largest = fmaxf(sink, NOTHING), total = 0;
+  for (int i = threadIdx.x; i < blocks; i += COMBINERS) largest = fmaxf(largest, of[(size_t)i * rows].x);
   for (int other = 16; other; other /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, other));
-  if (lane == 0) of_warps[threadIdx.x / 32] = largest;
+  if (lane == 0) of_warps[0][warp] = largest;
   __syncthreads();
-  for (int w = 0; w < 8; w++) largest = fmaxf(largest, of_warps[w]);
-  for (int i = threadIdx.x; i < working; i += 256) {
+  for (int w = 0; w < COMBINERS / 32; w++) largest = fmaxf(largest, of_warps[0][w]);
+  for (int i = threadIdx.x; i < blocks; i += COMBINERS) {
     const float2 top = of[(size_t)i * rows];
-    weights[i] = exp2_fast(top.x - largest);
+    weights[i] = top.y == 0 ? 0 : exp2_fast(top.x - largest);
     total = fmaf(top.y, weights[i], total);
   }
   for (int other = 16; other; other /= 2) total += __shfl_xor_sync(~0u, total, other);
-  if (lane == 0) of_warps[8 + threadIdx.x / 32] = total;
+  if (lane == 0) of_warps[1][warp] = total;
   __syncthreads();
-  total = 0;
-  for (int w = 0; w < 8; w++) total += of_warps[8 + w];
+  total = SINKS ? exp2_fast(sink - largest) : 0;
+  for (int w = 0; w < COMBINERS / 32; w++) total += of_warps[1][w];
 
-  const int team = threadIdx.x / LANES, d = threadIdx.x % LANES * 4;
   float4 result = {};
-  const float* at = sums + ((size_t)head * blocks * rows + row) * HEAD + d;
-  if (team < TEAMS)
-#pragma unroll 8
-    for (int i = team; i < working; i += TEAMS) {
-      const float4 s = *(const float4*)(at + (size_t)i * rows * HEAD);
-      const float by = weights[i];
-      result.x = fmaf(s.x, by, result.x), result.y = fmaf(s.y, by, result.y);
-      result.z = fmaf(s.z, by, result.z), result.w = fmaf(s.w, by, result.w);
-    }
+  const auto count = [&](int i, float4 s) {
+    const float by = weights[i];
+    if (by == 0) return;
+    result.x = fmaf(s.x, by, result.x), result.y = fmaf(s.y, by, result.y);
+    result.z = fmaf(s.z, by, result.z), result.w = fmaf(s.w, by, result.w);
+  };
+  if (team < TEAMS) {
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++)
+      if (team + j * TEAMS < blocks) count(team + j * TEAMS, first[j]);
+#pragma unroll 4
+    for (int i = team + AT_ONCE * TEAMS; i < blocks; i += TEAMS) count(i, load(i));
+  }
   parts[threadIdx.x] = result;
   __syncthreads();
   if (team) return;

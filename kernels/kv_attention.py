@@ -290,7 +290,7 @@ def _(*arguments):
     call, case = Call(*arguments), kv_attention.known_case(*arguments)
     return cuda_kv_attention.attention(
         call.q, call.k, call.k_scales, call.v, call.v_scales, call.positions, call.start, call.mask, call.scale,
-        call.softcap, call.window, call.k_window, call.k_held, case,
+        call.softcap, call.window, call.k_window, call.k_held, call.sinks, case,
     )  # fmt: skip
 
 

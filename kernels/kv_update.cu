@@ -76,8 +76,8 @@ __device__ __forceinline__ void store(u8* window, size_t at, float low, float hi
 extern "C" __global__ void __launch_bounds__(THREADS)
 kv_step(const u8* input, const long long* positions, u8* codes, u32* scales, u8* window, long long* held, int H, int P,
         int row_stride, int head_stride, int position_stride) {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
   const int b = blockIdx.x;
   const long long position = positions[(size_t)b * position_stride];
   if (position < 0 || position >= P) {
@@ -128,8 +128,8 @@ kv_step(const u8* input, const long long* positions, u8* codes, u32* scales, u8*
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 kv_store(const u8* input, const long long* positions, u8* codes, u8* scales, int heads, int H, int T, int S,
           int row_stride, int head_stride, int token_stride, int position_stride) {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
   const int lane = threadIdx.x % 32, warp = blockIdx.x * WARPS + threadIdx.x / 32;
   if (warp >= heads * T) return;
   const int head = warp / T, t = warp % T, b = head / H;

@@ -63,6 +63,14 @@ __device__ __forceinline__ void copy_box(u32 to, const Matrix& from, int column,
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], "
       "[%4], %5;" ::"r"(to), "l"(&from), "r"(column), "r"(row), "r"(barrier), "l"(policy) : "memory");
 }
+// What is copied later, from its place in the L2; the bytes are a multiple of 16.
+__device__ __forceinline__ void prefetch_box(const Matrix& from, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&from), "r"(column), "r"(row)
+               : "memory");
+}
+__device__ __forceinline__ void prefetch_bulk(const void* from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 // The box to this address in the first so many blocks of the cluster, completing on the barrier of each.
 template <int BLOCKS>
 __device__ __forceinline__ void copy_box_to_blocks(u32 to, const Matrix& from, int column, int row, u32 barrier) {
@@ -98,6 +106,13 @@ __device__ __forceinline__ uint4 load_16(const void* p) {
 __device__ __forceinline__ uint2 load_8(const void* p) {
   uint2 v;
   asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
+// Past the L1, for what is read again once a grid ahead has ended.
+__device__ __forceinline__ long long load_8_from_L2(const long long* p) {
+  long long v;
+  asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
   return v;
 }
 
