@@ -1,8 +1,9 @@
 // Attention of few query rows over a packed cache (kv_cache.py): the time is that of reading the cache.
 //
 // Query heads that share a KV head, and the new tokens of each, are the rows of one small matrix, so that the cache is
-// read once. What a row of the batch sees is divided evenly among its blocks, on the device, from positions: a block
-// beyond it ends at once. Each warp works on units of 32 tokens of its own, which one of its threads brings to its ring
+// read once. What a row of the batch sees is dealt out to its blocks, on the device, from positions: a block that gets
+// nothing ends at once. All of them go through the cache side by side, so that they read few pages of memory at a time.
+// Each warp works on units of 32 tokens of its own, which one of its threads brings to its ring
 // in shared memory; no warp waits for another: warps, then blocks, meet at the end, in a fixed order.
 //
 // While the grids ahead still run, each warp asks for its first unit to be in the L2 when they have ended. That is a hint,
@@ -29,7 +30,7 @@ extern __shared__ __align__(1024) u8 shared[];
 #define FP8 1
 #define INT4 2
 #define UNIT 32 // tokens
-#define LEAST 4 // units of a block that works, but the last
+#define LEAST 4 // units of a block that works, about
 #define BARRIERS 1024 // bytes, ahead of the ring
 #define RINGS (WARPS * STAGES)
 #define THREADS (WARPS * 32)
@@ -339,16 +340,18 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
   // What a row of the batch sees, and what of it is this block's.
   struct Work {
     int2 mine; // of this lane's token
-    int begin, units;
+    int begin, step, units; // unit i of the block is that of token (begin + i step) UNIT
+
+    __device__ __forceinline__ int token(int unit) const { return (begin + unit * step) * UNIT; }
   };
   auto work_of = [&] {
     Work w;
     w.mine = lane < T ? seen(positions, start, b, lane, T, S, window) : make_int2(S, -1);
     const int first = __reduce_min_sync(~0u, w.mine.x), last = __reduce_max_sync(~0u, w.mine.y);
     const int from = first / UNIT, units = max((last + UNIT) / UNIT - from, 0);
-    const int share = max((units + blocks - 1) / blocks, LEAST);
-    w.begin = (from + block * share) * UNIT;
-    w.units = min(max(units - block * share, 0), share);
+    w.step = min(blocks, (units + LEAST - 1) / LEAST);
+    w.begin = from + block;
+    w.units = block < w.step ? (units - block + w.step - 1) / w.step : 0;
     return w;
   };
   // Where a unit is: its codes by rows of the matrices, its scales by bytes.
@@ -368,7 +371,7 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
 #endif
   };
   auto fetch = [&](const Work& w, int unit, int stage) { // unit: of the block; lane 0 alone
-    const Place at = place_of(w.begin + unit * UNIT);
+    const Place at = place_of(w.token(unit));
     const u32 barrier = full + stage * 8, codes = ring + stage * STAGE;
     const u32 scales = ring + RINGS * STAGE + stage * STAGE_SCALES;
     barrier_expect(barrier, STAGE + at.k_bytes + at.v_bytes);
@@ -388,7 +391,7 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
   }
 #ifndef BLOCK // by channel it takes longer than it saves
   if (const Work likely = work_of(); lane == 0 && warp < likely.units) {
-    const Place at = place_of(likely.begin + warp * UNIT);
+    const Place at = place_of(likely.token(warp));
 #pragma unroll
     for (int i = 0; i < Keys::SEGMENTS; i++) prefetch_box(k, i * Keys::SEGMENT, at.k);
     prefetch_bulk(k_scales + at.k_scales, at.k_bytes);
@@ -441,7 +444,7 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
 #endif
   int stage = warp, phase = 0;
   for (int unit = warp; unit < units; unit += WARPS) {
-    const int token = work.begin + unit * UNIT;
+    const int token = work.token(unit);
     const u32 codes = ring + stage * STAGE;
     u32* k_pairs = (u32*)(shared + BARRIERS + RINGS * STAGE + stage * STAGE_SCALES);
     u32* v_pairs = k_pairs + KEY_SCALES / 4;
