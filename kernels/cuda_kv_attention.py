@@ -1,6 +1,6 @@
 """Attention over packed caches for CUDA, in CUDA C++: `kv_attention.cu`, for few query rows of each KV head.
 
-The cache of a row is divided among blocks by what its tokens see, on the device: nothing is read back, so that CUDA
+The cache of a row is dealt out to blocks by what its tokens see, on the device: nothing is read back, so that CUDA
 graphs replay a step at any position. How many blocks there are follows from the capacity and the multiprocessors.
 """
 
