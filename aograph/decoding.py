@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import huggingface
 from .archive import DTYPES
 from .capture import eval_mode
 from .errors import InputError
@@ -124,9 +125,8 @@ def run(model: nn.Module, input_ids: Tensor, positions: Tensor, cache: StaticRow
     """The logits [B, V] of the last token."""
     mask = masks(model, positions, length)
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    outputs = model(
-        input_ids=input_ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True, **last
-    )
+    given: dict[Any, Any] = {huggingface.cache_argument(model.forward): cache, **last}
+    outputs = model(input_ids=input_ids, position_ids=positions, attention_mask=mask, use_cache=True, **given)
     return outputs.logits[:, -1]
 
 
@@ -169,7 +169,9 @@ def cache_shapes(model: Any, length: int) -> list[CacheShape]:
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:
         raise NoSteps(f"{type(model).__name__} has an encoder")
-    missing = {"past_key_values", "position_ids", "attention_mask"} - inspect.signature(model.forward).parameters.keys()
+    missing = {"position_ids", "attention_mask"} - inspect.signature(model.forward).parameters.keys()
+    if huggingface.cache_argument(model.forward) is None:
+        missing.add("cache")
     if missing:
         raise NoSteps(f"{type(model).__name__} takes no {' and no '.join(sorted(missing))}")
     if other := set(getattr(config, "layer_types", None) or ()) - set(LAYERS):

@@ -126,7 +126,11 @@ def is_weight(value: Any, source: str, names: Mapping[int, list[str]]) -> bool:
 
 
 def free_name(source: str, taken: Mapping[str, Tensor]) -> str:
-    """`L['self']._modules['up']._parameters['weight']` → `up.weight`; with the variable's name if that is taken."""
+    """`L['self']._modules['up']._parameters['weight']` → `up.weight`; with the variable's name if that is taken.
+
+    A decorated forward has its module in `*args`.
+    """
+    source = source.replace("L['args'][0]", "L['self']", 1)
     words = ["".join(found) for found in re.findall(r"\['?([^'\]]+)'?\]|\.(\w+)", source)]
     root, *path = [word for word in words if word not in ("_modules", "_parameters", "_buffers")] or ["constant"]
     name = ".".join(path) or root

@@ -69,10 +69,10 @@ class OptimizedPreTrained(OptimizedModule):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates tokens, as `generate` of the model does and with its parameters.
 
-        Under a recipe with a rule for caches the cache is an `aograph.PackedCache`, made here or given as
-        `past_key_values`, unless `cache_implementation` names another than "static"; a warning says where it cannot be.
-        With a packed cache a prompt goes through the model in chunks of `prefill_chunk_size` tokens, 2048 unless given,
-        so that no activation is longer; a call that asks for hidden states or attentions takes it whole.
+        Under a recipe with a rule for caches the cache is an `aograph.PackedCache`, made here or given, unless
+        `cache_implementation` names another than "static"; a warning says where it cannot be. With a packed cache a
+        prompt goes through the model in chunks of `prefill_chunk_size` tokens, 2048 unless given, so that no activation
+        is longer; a call that asks for hidden states or attentions takes it whole.
 
         Raises `InputError` where the model cannot generate, for a packed cache that the text may outgrow, for a
         `compile_config` (the graphs are compiled as `optimize` was told), and for a cache that no graph can take.
@@ -96,7 +96,7 @@ class OptimizedPreTrained(OptimizedModule):
         def given(name: str) -> Any:
             return options.get(name, getattr(config, name, None))
 
-        named = any(given(name) is not None for name in ("past_key_values", "cache_implementation"))
+        named = any(given(name) is not None for name in (*huggingface.NAMES, "cache_implementation"))
         if named or given("use_cache") is False:
             return False
         guessed = any(given(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens"))
@@ -116,7 +116,7 @@ class OptimizedPreTrained(OptimizedModule):
 
         Where it is packed, chunks of the prompt are ours: those of transformers 5.17 begin anew in each call.
         """
-        cache: Any = model_kwargs.get("past_key_values")
+        cache = huggingface.cache_of(model_kwargs)
         if prompts.is_packed(cache) and max_cache_length > cache.max_cache_len:
             raise InputError(
                 f"the cache has room for {cache.max_cache_len} tokens, but the text may take {max_cache_length}: make "
@@ -124,7 +124,7 @@ class OptimizedPreTrained(OptimizedModule):
             )
         prepare: Any = type(self._model[0])._prepare_cache_for_generation  # type: ignore[attr-defined]
         prepare(shell, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        if prompts.is_packed(model_kwargs.get("past_key_values")):
+        if prompts.is_packed(huggingface.cache_of(model_kwargs)):
             size = getattr(generation_config, "prefill_chunk_size", None)
             if size is not None and size < 1:
                 raise InputError(f"prefill_chunk_size is {size}: it must be at least 1")

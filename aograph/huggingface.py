@@ -9,7 +9,7 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,8 @@ def masks_for_generate(**given: Any) -> Any:
 @dataclass(frozen=True)
 class LayerKind:
     """What the layers of one class hold besides keys and values, by the names of their attributes: numbers that
-    change from call to call, and settings that do not. Static ones are written in place and count in a tensor."""
+    change from call to call, and settings that do not, of which a version of transformers may lack some. Static ones
+    are written in place and count in a tensor."""
 
     static: bool = False
     numbers: tuple[str, ...] = ()
@@ -122,16 +123,17 @@ LAYERS = {
     "DynamicLayer": LayerKind(),
     "DynamicSlidingWindowLayer": LayerKind(numbers=("cumulative_length",), settings=("sliding_window", "record_past")),
     "StaticLayer": LayerKind(static=True),
-    "StaticSlidingWindowLayer": LayerKind(static=True, numbers=("cumulative_length_int",)),
+    "StaticSlidingWindowLayer": LayerKind(static=True, numbers=("cumulative_length_int",), settings=("_is_croppable",)),
     "PackedLayer": LayerKind(static=True),
     "PackedWindowLayer": LayerKind(static=True),
 }
 
+ABOUT_KEYS = "dtype", "device"  # what a layer says of its keys; the first until transformers 5.23
 SIZES: WeakKeyDictionary[Any, dict[str, Tensor]] = WeakKeyDictionary()  # by layer and name of the number
 
 
 def flatten_layer(layer: Any) -> tuple[list[Tensor], list[Any]]:
-    """The tensors of a cache layer, and its context: class, whether it is filled, settings."""
+    """The tensors of a cache layer, and its context: class, what it says of its keys if it is filled, settings."""
     name = type(layer).__name__
     if name not in LAYERS:
         raise InputError(
@@ -146,7 +148,8 @@ def flatten_layer(layer: Any) -> tuple[list[Tensor], list[Any]]:
     if kind.static:
         leaves.append(layer.cumulative_length if filled else sized(layer, "max_cache_len", device))
     leaves += [sized(layer, number, device) for number in kind.numbers]
-    return leaves, [name, filled, {setting: getattr(layer, setting) for setting in kind.settings}]
+    about = [each for each in ABOUT_KEYS if filled and each in vars(layer)]
+    return leaves, [name, about, {each: getattr(layer, each) for each in kind.settings if hasattr(layer, each)}]
 
 
 def sized(layer: Any, number: str, device: torch.device | None) -> Tensor:
@@ -161,11 +164,12 @@ def unflatten_layer(leaves: Iterator[Any], context: list[Any]) -> Any:
     """The layer that a context describes; takes its tensors from `leaves`."""
     if context[0].startswith("Packed"):
         return getattr(sys.modules[PACKED], context[0]).unflatten(leaves, context)
-    name, filled, settings = context
-    kind, state = LAYERS[name], dict(settings)
+    name, about, settings = context
+    kind, state, filled = LAYERS[name], dict(settings), bool(about)
     if filled:
         keys, values = next(leaves), next(leaves)
-        state |= {"keys": keys, "values": values, "is_initialized": True, "dtype": keys.dtype, "device": keys.device}
+        state |= {"keys": keys, "values": values, "is_initialized": True}
+        state |= {each: getattr(keys, each) for each in about}
     if kind.static:
         last = next(leaves)
         capacity = keys.shape[2] if filled else last.shape[0]
@@ -264,6 +268,19 @@ def leaf_names(layer: Any) -> list[str]:
 
 
 # --- caches of a call --------------------------------------------------------------------------------------
+
+NAMES = "cache", "past_key_values"  # of the argument: since transformers 5.24, and before
+
+
+def cache_argument(forward: Callable[..., Any]) -> str | None:
+    """What a forward calls the cache that it takes; None where it takes none."""
+    taken = inspect.signature(forward).parameters
+    return next((name for name in NAMES if name in taken), None)
+
+
+def cache_of(call: Mapping[str, Any]) -> Any:
+    """The cache among arguments by keyword, whatever it is called there; None where there is none."""
+    return next((call[name] for name in NAMES if call.get(name) is not None), None)
 
 
 def caches(values: Any) -> list[Any]:

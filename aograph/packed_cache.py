@@ -105,6 +105,8 @@ class PackedWindowLayer(PackedLayer, StaticSlidingWindowLayer):
     see has room, attention gets what was there, unpacked, and the new ones as they are. Keys are packed by token.
     """
 
+    is_croppable = False  # tokens that have left are gone
+
     def __init__(self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], written: Tensor, seen: int = 0):
         super().__init__(keys, values, written)
         self.cumulative_length_int = seen
@@ -158,10 +160,11 @@ def shift(packed: tuple[Tensor, ...], slots: int) -> None:
 class PackedCache(StaticCache):
     """A static cache that holds keys and values as the rules of a recipe say that are for caches.
 
-    Give it as `past_key_values` to a model of transformers or to its `generate`, as it is, behind `torch.compile`, or
-    optimized; `aograph.optimize(model, "kv8").generate` makes one by itself. `reset` begins a new text, `reorder_cache`
-    is for beams. Rules name caches `key_0`, `value_0` … by layer; a layer is packed where both are, and else it is
-    transformers' own. Layers that slide over fewer tokens than the cache holds keep those alone, keys by token.
+    Give it to a model of transformers or to its `generate`, as it is, behind `torch.compile`, or optimized: as `cache`,
+    or as `past_key_values`, its name before transformers 5.24. `aograph.optimize(model, "kv8").generate` makes one by
+    itself. `reset` begins a new text, `reorder_cache` is for beams. Rules name caches `key_0`, `value_0` … by layer; a
+    layer is packed where both are, and else it is transformers' own. Layers that slide over fewer tokens than the cache
+    holds keep those alone, keys by token.
 
     model: a causal language model, compiled or not, or what `optimize` made of one.
     recipe: as for `aograph.optimize`; None: that of an optimized model.

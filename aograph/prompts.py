@@ -19,18 +19,18 @@ def is_packed(cache: Any) -> bool:
     return isinstance(cache, huggingface.cache_kind("PackedCache") or ())
 
 
-def masks(attention_mask: Tensor | None, past_key_values: Any, inputs_embeds: Tensor, **given: Any) -> Any:
+def masks(attention_mask: Tensor | None, inputs_embeds: Tensor, **given: Any) -> Any:
     """What `generate` makes of its mask [B, n] for a static cache: T × S booleans, where that is not packed.
 
     For one that is packed only the mask itself [B, S], as the graph knows how far each token sees; None for tokens of a
     prompt where it hides nothing.
     """
-    if not is_packed(past_key_values):
-        given |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
-        return huggingface.masks_for_generate(**given)
+    cache = huggingface.cache_of(given)
+    if not is_packed(cache):
+        return huggingface.masks_for_generate(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **given)
     if attention_mask is None or (inputs_embeds.shape[1] > 1 and bool(attention_mask.all())):
         return None
-    return F.pad(attention_mask.bool(), (0, past_key_values.max_cache_len - attention_mask.shape[1]))
+    return F.pad(attention_mask.bool(), (0, cache.max_cache_len - attention_mask.shape[1]))
 
 
 def chunks(call: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
@@ -39,7 +39,7 @@ def chunks(call: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
     mask = call.get("attention_mask")
     others = [name for name, value in call.items() if isinstance(value, Tensor) and name not in parted]
     length = max((each.shape[ALONG[name]] for name, each in parted.items()), default=0)
-    known = is_packed(call.get("past_key_values")) and (mask is None or getattr(mask, "ndim", 0) == 2)
+    known = is_packed(huggingface.cache_of(call)) and (mask is None or getattr(mask, "ndim", 0) == 2)
     kept = any(call.get(name) for name in ("output_hidden_states", "output_attentions"))
     if length <= size or not known or kept or any(name != "attention_mask" for name in others):
         yield call

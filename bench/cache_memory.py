@@ -152,8 +152,11 @@ def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
         points = [(row["context"], row["peak GB"]) for row in found if row["what"] == name and "peak GB" in row]
         if points:
             axis.plot(*zip(*points, strict=True), "o-", label=name)
-    axis.set(xlabel="tokens of context", ylabel="peak memory, GB", xscale="log", yscale="log")
-    axis.set_xscale("log", base=2)
+    contexts = sorted({row["context"] for row in found})
+    axis.set(xlabel="tokens of context", ylabel="peak memory, GB", xscale="log")
+    axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()

@@ -24,6 +24,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import aograph
+from aograph import huggingface
 from aograph.decoding import StaticRows, cache_shapes, parts
 from aograph.program import nbytes
 
@@ -55,7 +56,8 @@ class CachedModel(nn.Module):
         layers = [(getattr(self, f"key_{i}"), getattr(self, f"value_{i}")) for i in range(len(self.shapes))]
         mask = (torch.arange(self.length, device=positions.device) <= positions[:, :, None])[:, None]
         cache = StaticRows(layers, positions)
-        given = {"input_ids": input_ids, "position_ids": positions, "attention_mask": mask, "past_key_values": cache}
+        given = {"input_ids": input_ids, "position_ids": positions, "attention_mask": mask}
+        given[huggingface.cache_argument(self.model.forward)] = cache
         return self.model(**given, use_cache=True).logits
 
 

@@ -17,6 +17,7 @@ from aograph.decoding import (
     prompts_of,
     step_of,
 )
+from aograph.huggingface import cache_argument
 from tests.models.zoo import build, ids, sliding
 
 
@@ -65,8 +66,8 @@ class Deaf(nn.Module):
         super().__init__()
         self.inner, _ = build("llama")
 
-    def forward(self, position_ids=None, **inputs):
-        return self.inner(**inputs)
+    def forward(self, position_ids=None, past_key_values=None, **inputs):
+        return self.inner(**inputs, **{cache_argument(self.inner.forward): past_key_values})
 
 
 @pytest.mark.parametrize(

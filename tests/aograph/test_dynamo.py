@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from aograph.passes import Stage
@@ -40,6 +42,23 @@ def test_both_doors_give_the_same_graph(name, fresh_compiler):
     assert exported.constants.keys() == compiled.constants.keys()
     for key, tensor in exported.constants.items():
         assert compiled.constants[key].data_ptr() == tensor.data_ptr(), key
+
+
+def decorated(forward):
+    @functools.wraps(forward)
+    def wrapped(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    return wrapped
+
+
+class Decorated(MLP):
+    forward = decorated(MLP.forward)
+
+
+def test_a_decorated_forward_leaves_names_as_they_are(fresh_compiler):
+    program = through_dynamo(Decorated().eval(), {"x": X})
+    assert program.constants.keys() == static(MLP().eval(), {"x": X}).constants.keys()
 
 
 def test_dynamo_finds_the_same_sites(fresh_compiler):

@@ -6,7 +6,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from aograph import InputError, optimize
-from aograph.huggingface import caches, load, register_pytrees
+from aograph.huggingface import cache_argument, cache_of, caches, load, register_pytrees
 from tests.models.zoo import MINI, build
 
 transformers = pytest.importorskip("transformers")
@@ -175,3 +175,12 @@ def test_caches_that_no_graph_can_take():
     unknown.layers = [type("Novel", (), {})()]
     with pytest.raises(InputError, match="layers of the class Novel"):
         pytree.tree_flatten(unknown)
+
+
+def test_what_the_cache_of_a_call_is_named():
+    """As transformers names it since 5.24, and as it did before; models that are not its own keep the old name."""
+    cache = DynamicCache()
+    new, old = (lambda input_ids, cache=None: None), (lambda input_ids, past_key_values=None: None)
+    assert [cache_argument(forward) for forward in (new, old, lambda x: None)] == ["cache", "past_key_values", None]
+    assert cache_of({"cache": cache}) is cache_of({"past_key_values": cache, "cache": None}) is cache
+    assert cache_of({"use_cache": True}) is None
