@@ -17,7 +17,7 @@ from .op import Case, need
 
 KINDS = {"int8": 0, "fp8": 1, "int4": 2}  # as the kernels have them, and
 INPUTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-UNIT, LEAST = 32, 4  # tokens that a warp takes at a time, and how often a block does, at least
+UNIT, LEAST = 32, 4  # tokens that a warp takes at a time, and about how often a block does at the least
 COMBINERS = 128  # threads that put together what blocks add up
 BARRIERS = 1024  # bytes of shared memory ahead of the ring
 MOST_STAGES = 8  # of a warp

@@ -21,7 +21,7 @@
 
 extern __shared__ __align__(1024) u8 shared[];
 
-#define LEAST 4 // units of a block that works, about
+#define LEAST 4 // units of a block that works, about, where there are few
 #define BARRIERS 1024 // bytes, ahead of the ring
 #define RINGS (WARPS * STAGES)
 #define ROWS (TILES * 8)

@@ -63,7 +63,7 @@ __device__ __forceinline__ void copy_box(u32 to, const Matrix& from, int column,
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], "
       "[%4], %5;" ::"r"(to), "l"(&from), "r"(column), "r"(row), "r"(barrier), "l"(policy) : "memory");
 }
-// What is copied later, from its place in the L2; the bytes are a multiple of 16.
+// Asks for a box, or so many bytes in units of 16, to be in the L2, from where they are copied later.
 __device__ __forceinline__ void prefetch_box(const Matrix& from, int column, int row) {
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&from), "r"(column), "r"(row)
                : "memory");

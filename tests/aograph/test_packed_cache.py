@@ -8,6 +8,7 @@ import torch
 import aograph
 from aograph import InputError, optimize
 from aograph.decoding import CacheShape
+from aograph.huggingface import cache_argument
 from aograph.recipe import Recipe
 from tests.models.zoo import build, ids, sliding
 
@@ -198,6 +199,26 @@ def test_generate_of_an_optimized_model(mini, made):
     generated(fast, max_new_tokens=2, **{name: value[:, 1:] for name, value in prompts().items()})
     assert fast._count == 2 and not made[1:]
     assert fast.report.cache_token_bytes == (4 * TOKEN, BYTES["kv8"])
+
+
+@pytest.mark.parametrize("door", ["eager", "optimized"])
+def test_under_the_name_that_this_version_has(door):
+    """In `generate`, in a call, and in what `explain` is given; a cache without room is still an error."""
+    model = tiny()
+    name, asked = cache_argument(model.forward), optimize(model, "kv8", compile=False) if door == "optimized" else model
+    cache = PackedCache(model, "kv8", 2, LENGTH)
+    expected, _ = generated(asked, past_key_values=PackedCache(model, "kv8", 2, LENGTH))
+    assert torch.equal(generated(asked, **{name: cache})[0], expected)
+    tokens = ids(2, 6, 128)
+    cache.reset()
+    logits = steps(asked, tokens, PackedCache(model, "kv8", 2, LENGTH), (6,))[0]
+    with torch.no_grad():
+        torch.testing.assert_close(asked(tokens, **{name: cache}).logits[:, -1], logits, rtol=0, atol=0)
+    report = aograph.explain(model, "kv8", {"input_ids": tokens[:, :1], name: cache})
+    assert {row.outcome for row in report.caches} == {"rewritten"}
+    if door == "optimized":
+        with pytest.raises(InputError, match="the cache has room for 12 tokens"):
+            generated(asked, **{name: PackedCache(asked, batch_size=2, max_cache_len=12)})
 
 
 def test_a_cache_without_room():
