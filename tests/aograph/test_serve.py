@@ -18,8 +18,11 @@ from aograph import InputError
 from aograph.artifact import load
 from aograph.batching import Engine
 from aograph.cli import main
-from aograph.serve import LARGEST_BODY, Server, Text, application, listen, tokenizer_of
 from tests.models.zoo import MINI
+
+pytest.importorskip("uvicorn")
+
+from aograph.serve import LARGEST_BODY, Server, Text, application, listen, tokenizer_of
 
 MOST = 24  # new tokens
 TOKENIZER = Tokenizer.from_file(str(MINI / "tokenizer.json"))
