@@ -1,7 +1,8 @@
 """Attention over packed caches for CUDA, in CUDA C++: `kv_attention.cu`, for few query rows of each KV head.
 
 The cache of a row is dealt out to blocks by what its tokens see, on the device: nothing is read back, so that CUDA
-graphs replay a step at any position. How many blocks there are follows from the capacity and the multiprocessors.
+graphs replay a step at any position. How many blocks there are follows from the capacity and the multiprocessors, and
+how many warps from what that leaves to each. Numbers without another reason were measured on an H200 (bench/log.md).
 """
 
 from dataclasses import dataclass
@@ -18,22 +19,27 @@ from .op import Case, need
 KINDS = {"int8": 0, "fp8": 1, "int4": 2}  # as the kernels have them, and
 INPUTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 UNIT, LEAST = 32, 4  # tokens that a warp takes at a time, and about how often a block does at the least
-COMBINERS = 128  # threads that put together what blocks add up
 BARRIERS = 1024  # bytes of shared memory ahead of the ring
-MOST_STAGES = 8  # of a warp
+MOST_STAGES = 7  # of a warp: a barrier each
+FLIGHT = 100_000  # bytes on their way to a multiprocessor: with more, what is asked for first comes late
+MANY = 96  # units of a block for which 16 warps are faster, though they take longer to begin and to add up
+AHEAD = {8: 12, 4: 8}  # units of a block that are asked for while the grids ahead run, by the bits of a code
 MOST_WAVES = 8  # of blocks
+WINDOW = 64 * 256  # elements of a block of keys by channel, which is kept in shared memory as it is
 ROWS = 32  # query rows of a KV head, of the tokens of which each lane of a warp knows a position;
 SUMS = 512  # and tiles of 8 rows times the head size, for which there are registers
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of the kernel: elements of a head, tiles of 8 query rows, and the formats."""
+    """What the kernel is compiled for: elements of a head, tiles of 8 query rows, the formats."""
 
     head: int
     tiles: int
     keys: KVFormat
     values: KVFormat
+    window: torch.dtype | None = None  # of keys by channel
+    long: bool = False  # whether a block takes `MANY` units of a full cache
 
     def segments(self, form: KVFormat) -> tuple[int, int]:
         """Into how many boxes the codes of a token go, and how many bytes wide they are."""
@@ -51,22 +57,24 @@ class Sizes:
 
     @property
     def warps(self) -> int:
-        """Of a block: as many as have the registers, and two stages each."""
-        most = 16 if self.head * self.tiles <= 128 else 8
-        return next(warps for warps in (16, 8, 4) if warps <= most and self._stages(warps) > 1)
+        """Of a block: twice as many where they take long, and have the registers."""
+        most = 16 if self.long and self.head * self.tiles <= 128 else 8
+        return next(warps for warps in (16, 8, 4) if warps <= most and self._fit(warps) > 1)
 
     @property
     def stages(self) -> int:
-        """Of a warp: as many as fit."""
-        return self._stages(self.warps)
+        """Of a warp: two, more where there are few bytes in them."""
+        return min(max(FLIGHT // (self.stage * self.warps), 2), self._fit(self.warps), MOST_STAGES)
 
-    def _stages(self, warps: int) -> int:
-        return min((SHARED - BARRIERS - self.fragments) // (self.stage * warps), MOST_STAGES)
+    def _fit(self, warps: int) -> int:
+        """Stages of a warp that there is room for."""
+        return (SHARED - BARRIERS - self.fragments) // (self.stage * warps)
 
     @property
     def fragments(self) -> int:
-        """Bytes of q."""
-        return self.head * self.tiles * 16
+        """Bytes of q, of its sums, which minima are multiplied by, and of the window."""
+        window = (self.keys.block or 0) * self.head * (self.window.itemsize if self.window else 0)
+        return self.tiles * (self.head * 16 + 256) + window
 
     @property
     def shared(self) -> int:
@@ -78,12 +86,11 @@ class Sizes:
         self,
         dtype: torch.dtype,
         mask: torch.dtype | None = None,
-        window: torch.dtype | None = None,
         sinks: torch.dtype | None = None,
     ) -> dict[str, int]:
-        """Of q in a dtype; window: the dtype of that of keys by channel."""
+        """Of q in a dtype."""
         groups = grouped(self.keys, self.values)
-        by_channel = {"BLOCK": self.keys.block, "WINDOW": INPUTS[window]} if self.keys.block else {}
+        by_channel = {"BLOCK": self.keys.block, "WINDOW": INPUTS[self.window]} if self.keys.block else {}
         return by_channel | {
             "FP16": int(dtype is torch.float16),
             "HEAD": self.head,
@@ -93,6 +100,7 @@ class Sizes:
             "TILES": self.tiles,
             "WARPS": self.warps,
             "STAGES": self.stages,
+            "AHEAD": AHEAD[max(self.keys.bits, self.values.bits)],
             "MASK": {None: 0, torch.bool: 1, dtype: 2, torch.float32: 3}[mask],
             "SINKS": 0 if sinks is None else INPUTS[sinks] + 1,
         }
@@ -114,6 +122,7 @@ def supports(case: Case) -> bool | str:
         (case.capability in CAPABILITIES, "is written for compute capability 9.0"),
         (block is None or block % UNIT == 0, f"blocks of keys are no multiples of {UNIT} tokens"),
         (block is None or case.K % 32 == 0, "the head size is no multiple of 32, by channel"),
+        (block is None or block * case.K <= WINDOW, "blocks of keys do not fit"),
         (case.dtype in (torch.bfloat16, torch.float16), "takes bf16 and fp16 q only"),
         (case.M is not None, "T is unknown"),
         (not case.fresh or (case.M or 0) <= FEW, "reads all tokens from the cache"),
@@ -166,18 +175,19 @@ def attention(
     positions = positions.contiguous()
     start, k_held, sinks = (None if each is None else each.contiguous() for each in (start, k_held, sinks))
     k_window = None if k_window is None else _aligned(k_window)
-    sizes = Sizes(D, -(-rows // 8), case.keys, case.values)
     strides = (0, 0, 0)
     if mask is not None:
         mask = mask if mask.stride(3) == 1 and max(mask.stride()) < 1 << 31 else mask.contiguous()
         strides = tuple(mask.stride(i) if mask.shape[i] > 1 else 0 for i in range(3))
-    blocks = blocks_of(pairs, S, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    blocks = blocks_of(pairs, S, multiprocessors)
+    dtypes = [None if each is None else each.dtype for each in (k_window, mask, sinks)]
+    sizes = Sizes(D, -(-rows // 8), case.keys, case.values, dtypes[0], blocks * UNIT * MANY <= S)
     sums = tops = None
     if blocks > 1:
         sums = q.new_empty(pairs, blocks, rows, D, dtype=torch.float32)
         tops = q.new_empty(pairs, blocks, rows, 2, dtype=torch.float32)
-    dtypes = [None if each is None else each.dtype for each in (mask, k_window, sinks)]
-    attend, combine = _kernels(sizes, q.dtype, *dtypes, q.device)
+    attend, combine = _kernels(sizes, q.dtype, *dtypes[1:], q.device)
     with torch.cuda.device_of(q):
         boxes = [
             cuda.boxes(codes.data_ptr(), (pairs * codes.shape[2], codes.shape[3]), 1, (UNIT, width), swizzle=width)
@@ -191,7 +201,7 @@ def attention(
             shared=sizes.shared,
         )  # fmt: skip
         if blocks > 1:
-            combine((pairs * rows, 1, 1), COMBINERS, (sums, tops, sinks, y, blocks, H, rows, T), shared=blocks * 4)
+            combine((pairs * rows, 1, 1), -(-D // 128) * 32, (sums, tops, sinks, y, blocks, H, rows, T))
     return y
 
 
@@ -219,9 +229,8 @@ def _kernels(
     sizes: Sizes,
     dtype: torch.dtype,
     mask: torch.dtype | None,
-    window: torch.dtype | None,
     sinks: torch.dtype | None,
     device: torch.device,
 ):
-    defines = sizes.defines(dtype, mask, window, sinks)
+    defines = sizes.defines(dtype, mask, sinks)
     return [cuda.kernel("kv_attention.cu", name, device, **defines) for name in ("kv_attend", "kv_combine")]

@@ -6,26 +6,26 @@
 // Each warp works on units of 32 tokens of its own, which one of its threads brings to its ring in shared memory; no warp
 // waits for another: warps, then blocks, meet at the end, in a fixed order. The products are those of kv_products.cuh: the
 // scale of a key of 8 bits meets its score, that of a value its probability. Of keys by channel the block that is in the
-// window comes from there, by plain loads: it is two units at most.
+// window comes from there as it is, all of it to the blocks of threads that have some of its units.
 //
-// While the grids ahead still run, each warp asks for its first unit to be in the L2 when they have ended. That is a hint,
-// by positions that they may be about to write, and right whatever they write, as all see the same L2.
+// While the grids ahead still run, warps ask for the first units to be in the L2 when they have ended, by positions that
+// those may be about to write: that is a hint, and right whatever they write, as all see the same L2. By the same
+// positions each warp copies its first unit once they have ended, before it knows the positions as they are then; were
+// there others, it copies anew.
 //
 // Defines: FP16 (q and y are fp16, else bf16), HEAD (a multiple of 16, for int4 of 32), KEYS and VALUES (0: int8, 1:
 // e4m3, 2: int4), GROUP (d that share a scale of int4: 32 or a multiple), TILES (of 8 rows), WARPS, STAGES (of a warp's
-// ring), MASK (0: none, 1: bool, 2: as q, 3: fp32), SINKS (0: none, 1: bf16, 2: fp16, 3: fp32); of keys by channel BLOCK,
-// the tokens that share a scale, a multiple of 32, and WINDOW (0: bf16, 1: fp16, 2: fp32).
+// ring), AHEAD (units of a block that are asked for), MASK (0: none, 1: bool, 2: as q, 3: fp32), SINKS (0: none, 1: bf16,
+// 2: fp16, 3: fp32); of keys by channel BLOCK, the tokens that share a scale, a multiple of 32, and WINDOW (0: bf16, 1:
+// fp16, 2: fp32).
 // Boxes: 32 tokens of SEGMENT bytes, swizzled by as many.
 
-#include "kv_products.cuh"
+#include "kv_units.cuh"
 
 extern __shared__ __align__(1024) u8 shared[];
 
-#define LEAST 4 // units of a block that works, about, where there are few
-#define BARRIERS 1024 // bytes, ahead of the ring
-#define RINGS (WARPS * STAGES)
 #define ROWS (TILES * 8)
-#define COMBINERS 128 // threads of a block of `kv_combine`
+#define COMBINERS ((HEAD + 127) / 128 * 32) // threads of a block of `kv_combine`
 #define PITCH (HEAD + 4) // of sums in shared memory, against bank conflicts
 #define LOG2E 1.4426950408889634f
 #define NOTHING (-1e30f) // the largest score where there is none
@@ -43,16 +43,6 @@ __device__ __forceinline__ u32 of_y(float low, float high) {
 #else
   return to_bf16(low, high);
 #endif
-}
-
-// The first position that token t of row b sees and the last; S and -1 where it sees none. For a hint it is asked before
-// the grids ahead have ended, so that nothing of it may stay in the L1.
-__device__ __forceinline__ int2 seen(const long long* positions, const long long* start, int b, int t, int T, int S,
-                                     int window) {
-  const long long last = load_8_from_L2(positions + (size_t)b * T + t);
-  long long first = start ? max(load_8_from_L2(start + b), 0ll) : 0;
-  if (window > 0) first = max(first, last - window + 1);
-  return first > last || first >= S ? make_int2(S, -1) : make_int2((int)first, (int)min(last, S - 1ll));
 }
 
 // That of a query head, in powers of 2.
@@ -85,78 +75,45 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
           int mask_token) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int head = blockIdx.x / blocks, block = blockIdx.x % blocks, b = head / H;
-  const u32 full = shared_address(shared), ring = full + BARRIERS;
-  const u64 policy = read_once();
-  // What a row of the batch sees, and what of it is this block's.
-  struct Work {
-    int2 mine; // of this lane's token
-    int begin, step, units; // unit i of the block is that of token (begin + i step) UNIT
-
-    __device__ __forceinline__ int token(int unit) const { return (begin + unit * step) * UNIT; }
-  };
-  auto work_of = [&] {
-    Work w;
-    w.mine = lane < T ? seen(positions, start, b, lane, T, S, window) : make_int2(S, -1);
-    const int first = __reduce_min_sync(~0u, w.mine.x), last = __reduce_max_sync(~0u, w.mine.y);
-    const int from = first / UNIT, units = max((last + UNIT) / UNIT - from, 0);
-    w.step = min(blocks, (units + LEAST - 1) / LEAST);
-    w.begin = from + block;
-    w.units = block < w.step ? (units - block + w.step - 1) / w.step : 0;
-    return w;
-  };
-  // Where a unit is: its codes by rows of the matrices, its scales by bytes.
-  struct Place {
-    size_t k, v, k_scales, v_scales;
-    u32 k_bytes, v_bytes; // of scales
-  };
-  auto place_of = [&](int token) {
-    const u32 count = min(UNIT, S - token);
-    const size_t at = (size_t)head * S + token;
-#ifdef BLOCK
-    const size_t k_at = (size_t)head * ((S + BLOCK - 1) / BLOCK * BLOCK) + token;
-    return Place{k_at, at, k_at / BLOCK * KEY_SCALES, at * Values::GROUPS * 4, KEY_SCALES, count * Values::GROUPS * 4};
-#else
-    return Place{at, at, at * Keys::GROUPS * 4, at * Values::GROUPS * 4, count * Keys::GROUPS * 4,
-                 count * Values::GROUPS * 4};
-#endif
-  };
-  auto fetch = [&](const Work& w, int unit, int stage) { // unit: of the block; lane 0 alone
-    const Place at = place_of(w.token(unit));
-    const u32 barrier = full + stage * 8, codes = ring + stage * STAGE;
-    const u32 scales = ring + RINGS * STAGE + stage * STAGE_SCALES;
-    barrier_expect(barrier, STAGE + at.k_bytes + at.v_bytes);
-#pragma unroll
-    for (int i = 0; i < Keys::SEGMENTS; i++)
-      copy_box(codes + i * UNIT * Keys::SEGMENT, k, i * Keys::SEGMENT, at.k, barrier, policy);
-    copy_bulk(scales, k_scales + at.k_scales, at.k_bytes, barrier, policy);
-#pragma unroll
-    for (int i = 0; i < Values::SEGMENTS; i++)
-      copy_box(codes + Keys::CODES + i * UNIT * Values::SEGMENT, v, i * Values::SEGMENT, at.v, barrier, policy);
-    copy_bulk(scales + KEY_SCALES, v_scales + at.v_scales, at.v_bytes, barrier, policy);
-  };
+  const u32 full = shared_address(shared);
+  const Units units{k, v, k_scales, v_scales, head, S, full, read_once()};
+  const Sight sight{positions + (size_t)b * T, start ? start + b : nullptr, T, S, window};
   let_next_grid_start();
-  if (threadIdx.x < RINGS) {
+  if (threadIdx.x <= RINGS) {
     barrier_init(full + threadIdx.x * 8, 1);
     barriers_ready();
   }
-#ifndef BLOCK // by channel it takes longer than it saves
-  if (const Work likely = work_of(); lane == 0 && warp < likely.units) {
-    const Place at = place_of(likely.token(warp));
-#pragma unroll
-    for (int i = 0; i < Keys::SEGMENTS; i++) prefetch_box(k, i * Keys::SEGMENT, at.k);
-    prefetch_bulk(k_scales + at.k_scales, at.k_bytes);
-#pragma unroll
-    for (int i = 0; i < Values::SEGMENTS; i++) prefetch_box(v, i * Values::SEGMENT, at.v);
-    prefetch_bulk(v_scales + at.v_scales, at.v_bytes);
-  }
-#endif
+  const Work likely = work_of(sight.seen(sight.ask()), block, blocks);
+  if (lane == 0)
+    for (int i = warp; i < min(likely.units, AHEAD); i += WARPS) units.prefetch(likely.token(i));
   __syncthreads();
   wait_for_previous_grid();
 
-  const Work work = work_of();
-  const int2 mine = work.mine;
-  const int units = work.units;
-  if (blocks > 1 && units == 0) {
+  Query query; // ahead of the copies, behind which it would wait for as long as they take
+  query.load(q + (size_t)head * rows * HEAD, rows);
+#ifdef BLOCK
+  const long long held = load_8_from_L2(k_held + b);
+#endif
+  const Asked asked = sight.ask();
+  if (lane == 0 && warp < likely.units) units.copy(likely.token(warp), warp);
+  __syncwarp();
+  const int2 mine = sight.seen(asked);
+  const Work work = work_of(mine, block, blocks);
+  int phase = 0;
+  if (work != likely) { // all stages anew
+    if (warp < likely.units) {
+      barrier_wait(full + warp * 8, 0);
+    } else if (lane == 0) {
+      barrier_arrive(full + warp * 8);
+    }
+    if (lane == 0) {
+      for (int stage = warp + WARPS; stage < RINGS; stage += WARPS) barrier_arrive(full + stage * 8);
+      if (warp < work.units) units.copy(work.token(warp), warp);
+    }
+    __syncwarp();
+    phase = 1;
+  }
+  if (blocks > 1 && work.units == 0) {
     if (threadIdx.x < rows) tops[(size_t)blockIdx.x * rows + threadIdx.x] = make_float2(NOTHING, 0);
     return;
   }
@@ -164,17 +121,31 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
   const int all_from = __reduce_max_sync(~0u, lane < T ? mine.x : 0);
   const int all_to = MASK ? 0 : __reduce_min_sync(~0u, lane < T ? mine.y : S) + 1;
 
-  float out[HEAD / 16][TILES][4] = {};
+  uint2* fragments = (uint2*)(shared + BARRIERS + RINGS * (STAGE + STAGE_SCALES));
+  u8* kept = (u8*)(fragments + TILES * (HEAD * 2 + 32)); // the window
+  float out[HEAD / 16][TILES][4] = {}, middles[TILES][4] = {};
   float top[TILES][2], sum[TILES][2] = {}; // of rows 2 t and 2 t + 1
 #pragma unroll
   for (int i = 0; i < TILES * 2; i++) top[i / 2][i % 2] = NOTHING;
 
-  if (lane == 0)
-    for (int stage = warp; stage < min(units, RINGS); stage += WARPS) fetch(work, stage, stage);
-  __syncwarp();
-  uint2* fragments = (uint2*)(shared + BARRIERS + RINGS * (STAGE + STAGE_SCALES));
-  keep_q(fragments, q + (size_t)head * rows * HEAD, rows);
+#ifdef BLOCK
+  bool here = false;
+  for (int i = 0; i < BLOCK / UNIT; i++) here |= work.has((int)held * (BLOCK / UNIT) + i);
+  if (here && threadIdx.x == 0) {
+    const u32 bytes = BLOCK * HEAD * (WINDOW == 2 ? 4 : 2);
+    barrier_expect(full + RINGS * 8, bytes);
+    copy_bulk(shared_address(kept), k_window + (size_t)head * bytes, bytes, full + RINGS * 8, units.policy);
+  }
+#endif
+  query.keep(fragments);
   __syncthreads();
+  if (lane == 0)
+    for (int i = warp + WARPS; i < min(work.units, RINGS); i += WARPS) units.copy(work.token(i), i);
+  __syncwarp();
+  uint2 sums_of_q[TILES];
+#ifndef BLOCK
+  if (KEYS == INT4) load_sums(sums_of_q, fragments);
+#endif
   int2 sees[TILES][2];
   const u8* masks[TILES][2];
 #pragma unroll
@@ -189,17 +160,14 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
     }
   }
   const float plain = scale * (cap > 0 ? 1 / cap : LOG2E);
-#ifdef BLOCK
-  const long long held = k_held[b];
-#endif
-  int stage = warp, phase = 0;
-  for (int unit = warp; unit < units; unit += WARPS) {
-    const int token = work.token(unit);
-    const u32 codes = ring + stage * STAGE;
-    u32* k_pairs = (u32*)(shared + BARRIERS + RINGS * STAGE + stage * STAGE_SCALES);
-    u32* v_pairs = k_pairs + KEY_SCALES / 4;
-    const bool edge = token < all_from || token + UNIT > all_to;
+  int stage = warp;
+  for (int i = warp; i < work.units; i += WARPS) {
     barrier_wait(full + stage * 8, phase);
+    const int token = work.token(i);
+    const u32 k_codes = full + BARRIERS + stage * STAGE, v_codes = k_codes + Keys::CODES;
+    const u32* k_pairs = (const u32*)(shared + BARRIERS + RINGS * STAGE + stage * STAGE_SCALES);
+    u32* v_pairs = (u32*)k_pairs + KEY_SCALES / 4;
+    const bool edge = token < all_from || token + UNIT > all_to;
     if (edge) { // values that no row sees count nothing, whatever they are
       bool any = false;
       for (int i = 0; i < T; i++)
@@ -209,25 +177,23 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
       __syncwarp();
     }
     float s[2][TILES][4] = {}; // of tokens g, twice, and g + 8, in each half of the unit
-    float factor = plain * Keys::FACTOR;
+    float factor = plain * Keys::OF_SCORES;
 #ifdef BLOCK
     if (token / BLOCK == held) {
       factor = plain;
+      barrier_wait(full + RINGS * 8, 0);
 #pragma unroll
       for (int half = 0; half < 2; half++)
-        scores_of_window(s[half], k_window, ((size_t)head * BLOCK + token % BLOCK + half * 16) * HEAD, fragments);
+        scores_of_window(s[half], kept, (token % BLOCK + half * 16) * HEAD, fragments);
     } else {
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        scores_by_channel(s[half], codes + half * 16 * Keys::SEGMENT, (const uint4*)k_pairs, fragments);
+      scores_by_channel(s, k_codes, (const uint4*)k_pairs, fragments);
     }
+#else
+    scores_of<KEYS>(s, k_codes, k_pairs, fragments, sums_of_q);
 #endif
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const u32* pairs = k_pairs + half * 16 * Keys::GROUPS;
-#ifndef BLOCK
-      scores_of<KEYS>(s[half], codes + half * 16 * Keys::SEGMENT, pairs, fragments);
-#endif
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const float by = KEYS == INT4 ? factor : factor * __uint_as_float(pairs[g + 8 * h]);
@@ -269,6 +235,7 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
         top[m][e] = now, sum[m][e] *= by;
 #pragma unroll
         for (int c = 0; c < HEAD / 16; c++) out[c][m][e] *= by, out[c][m][e + 2] *= by;
+        if (VALUES == INT4) middles[m][e] *= by;
       }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -285,11 +252,11 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
           p[m][h] = transpose(to_bf16(even * by, odd * by));
         }
       }
-      add_values<VALUES>(out, codes + Keys::CODES + half * 16 * Values::SEGMENT, pairs, p);
+      add_values<VALUES>(out, middles, v_codes + half * 16 * Values::SEGMENT, pairs, p);
     }
     before_copies();
     __syncwarp();
-    if (lane == 0 && unit + RINGS < units) fetch(work, unit + RINGS, stage);
+    if (lane == 0 && i + RINGS < work.units) units.copy(work.token(i + RINGS), stage);
     if ((stage += WARPS) >= RINGS) stage -= RINGS, phase ^= 1;
   }
 
@@ -306,7 +273,12 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
 #pragma unroll
     for (int c = 0; c < HEAD / 16; c++) {
       const int d = VALUES == INT4 ? c / 2 * 32 + c % 2 * 2 + 4 * g : c * 16 + 2 * g;
-      *(float2*)(sums_of_warps + row * PITCH + d) = make_float2(out[c][m][e], out[c][m][e + 2]);
+      float2 result = make_float2(out[c][m][e] * Values::OF_VALUES, out[c][m][e + 2] * Values::OF_VALUES);
+      if (VALUES == INT4) {
+        const float middle = __shfl_sync(~0u, middles[m][e], c / 2 * 32 / GROUP * 4 + t);
+        result.x += middle, result.y += middle;
+      }
+      *(float2*)(sums_of_warps + row * PITCH + d) = result;
     }
   }
   __syncthreads();
@@ -331,8 +303,8 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
       total = fmaf(total, by, exp2_fast(sink - highest));
       result.x *= by, result.y *= by, result.z *= by, result.w *= by;
     }
-    const size_t to = (blocks > 1 ? (size_t)blockIdx.x : head) * rows + row;
-    const float by = Values::FACTOR * (blocks > 1 ? 1 : total == 0 ? 0 : 1 / total);
+    const size_t to = (size_t)blockIdx.x * rows + row;
+    const float by = blocks > 1 ? 1 : total == 0 ? 0 : 1 / total;
     result.x *= by, result.y *= by, result.z *= by, result.w *= by;
     if (blocks > 1) {
       *(float4*)(sums + to * HEAD + d) = result;
@@ -343,63 +315,40 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
   }
 }
 
-#define LANES (HEAD / 4)
-#define TEAMS (COMBINERS / LANES) // that take blocks in turns
-#define AT_ONCE 8                 // of a team: blocks whose sums are on their way while the tops are
+#define AT_ONCE 32 // blocks whose sums are on their way together
 
-// sums and tops of `kv_attend`, sinks -> y. Grid: B H rows; shared: 4 bytes for each block.
+// sums and tops of `kv_attend`, sinks -> y. Grid: B H rows; a thread has four d, a lane the top of one block of 32.
 extern "C" __global__ void __launch_bounds__(COMBINERS)
 kv_combine(const float* sums, const float2* tops, const u8* sinks, u16* y, int blocks, int H, int rows, int T) {
-  const int head = blockIdx.x / rows, row = blockIdx.x % rows, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  __shared__ float of_warps[2][COMBINERS / 32];
-  __shared__ float4 parts[COMBINERS];
-  float* weights = (float*)shared;
+  const int head = blockIdx.x / rows, row = blockIdx.x % rows, lane = threadIdx.x % 32, d = threadIdx.x * 4;
   let_next_grid_start();
   wait_for_previous_grid();
-  const float2* of = tops + (size_t)head * blocks * rows + row;
-  const int team = threadIdx.x / LANES, d = threadIdx.x % LANES * 4;
-  const float* at = sums + ((size_t)head * blocks * rows + row) * HEAD + d;
-  const auto load = [&](int i) { return *(const float4*)(at + (size_t)i * rows * HEAD); };
-  float4 first[AT_ONCE]; // of blocks without tokens whatever is there
-#pragma unroll
-  for (int j = 0; j < AT_ONCE; j++)
-    if (team < TEAMS && team + j * TEAMS < blocks) first[j] = load(team + j * TEAMS);
   const float sink = sink_of(sinks, head % H * (rows / T) + row / T);
-  float largest = fmaxf(sink, NOTHING), total = 0;
-  for (int i = threadIdx.x; i < blocks; i += COMBINERS) largest = fmaxf(largest, of[(size_t)i * rows].x);
-  for (int other = 16; other; other /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, other));
-  if (lane == 0) of_warps[0][warp] = largest;
-  __syncthreads();
-  for (int w = 0; w < COMBINERS / 32; w++) largest = fmaxf(largest, of_warps[0][w]);
-  for (int i = threadIdx.x; i < blocks; i += COMBINERS) {
-    const float2 top = of[(size_t)i * rows];
-    weights[i] = top.y == 0 ? 0 : exp2_fast(top.x - largest);
-    total = fmaf(top.y, weights[i], total);
-  }
-  for (int other = 16; other; other /= 2) total += __shfl_xor_sync(~0u, total, other);
-  if (lane == 0) of_warps[1][warp] = total;
-  __syncthreads();
-  total = SINKS ? exp2_fast(sink - largest) : 0;
-  for (int w = 0; w < COMBINERS / 32; w++) total += of_warps[1][w];
-
+  float largest = fmaxf(sink, NOTHING), total = SINKS ? exp2_fast(sink - largest) : 0;
   float4 result = {};
-  const auto count = [&](int i, float4 s) {
-    const float by = weights[i];
-    if (by == 0) return;
-    result.x = fmaf(s.x, by, result.x), result.y = fmaf(s.y, by, result.y);
-    result.z = fmaf(s.z, by, result.z), result.w = fmaf(s.w, by, result.w);
-  };
-  if (team < TEAMS) {
+  for (int first = 0; first < blocks; first += AT_ONCE) {
+    const size_t at = ((size_t)head * blocks + first) * rows + row;
+    float4 of[AT_ONCE]; // of blocks without tokens whatever is there
 #pragma unroll
-    for (int j = 0; j < AT_ONCE; j++)
-      if (team + j * TEAMS < blocks) count(team + j * TEAMS, first[j]);
-#pragma unroll 4
-    for (int i = team + AT_ONCE * TEAMS; i < blocks; i += TEAMS) count(i, load(i));
+    for (int i = 0; i < AT_ONCE; i++)
+      if (d < HEAD && first + i < blocks) of[i] = *(const float4*)(sums + (at + (size_t)i * rows) * HEAD + d);
+    const float2 top = first + lane < blocks ? tops[at + (size_t)lane * rows] : make_float2(NOTHING, 0);
+    float now = fmaxf(largest, top.x);
+    for (int other = 16; other; other /= 2) now = fmaxf(now, __shfl_xor_sync(~0u, now, other));
+    const float before = exp2_fast(largest - now), weight = top.y == 0 ? 0 : exp2_fast(top.x - now);
+    float sum = top.y * weight;
+    for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
+    largest = now, total = fmaf(total, before, sum);
+    result.x *= before, result.y *= before, result.z *= before, result.w *= before;
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const float by = __shfl_sync(~0u, weight, i);
+      if (by == 0) continue;
+      result.x = fmaf(of[i].x, by, result.x), result.y = fmaf(of[i].y, by, result.y);
+      result.z = fmaf(of[i].z, by, result.z), result.w = fmaf(of[i].w, by, result.w);
+    }
   }
-  parts[threadIdx.x] = result;
-  __syncthreads();
-  if (team) return;
-  for (int i = 1; i < TEAMS; i++) add(result, parts[i * LANES + threadIdx.x]);
+  if (d >= HEAD) return;
   const float by = total == 0 ? 0 : 1 / total;
   *(uint2*)(y + (size_t)blockIdx.x * HEAD + d) =
       make_uint2(of_y(result.x * by, result.y * by), of_y(result.z * by, result.w * by));

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from aograph.kernels import cuda, cuda_kv_attention, nvrtc
-from aograph.kernels.cuda_kv_attention import LEAST, UNIT, Sizes, blocks_of
+from aograph.kernels.cuda_kv_attention import BARRIERS, LEAST, MANY, UNIT, Sizes, blocks_of
 from aograph.kernels.cuda_linear import CAPABILITIES, SHARED
 from aograph.kernels.kv_attention import kv_attention
 from aograph.kernels.kv_cache import FLOATS, FP8, INT4, INT4_CHANNEL, INT8, CacheCase, KVFormat
@@ -158,6 +158,49 @@ def test_what_no_token_sees_does_not_matter(form, gpu):
 
 @pytest.mark.cuda
 @each
+@pytest.mark.parametrize("B, S", [(66, 3200), (33, 6400)])
+def test_long_caches_of_many_rows(form, B, S, gpu):
+    """Of which a block takes many units, in one block for each head, and in two."""
+    blocks = blocks_of(2 * B, S, torch.cuda.get_device_properties("cuda").multi_processor_count)
+    assert S // (blocks * UNIT) >= MANY
+    q = torch.randn(B, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+    positions = torch.randint(S, (B, 1), device="cuda")
+    check(q, caches(form, of_values(form), B, 2, S, 64), positions)
+
+
+LATE = """
+extern "C" __global__ void late(long long* positions, const long long* of, int count) {
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  for (long long from = clock64(); clock64() - from < 200000;) {}
+  if (threadIdx.x < count) positions[threadIdx.x] = of[threadIdx.x];
+}
+"""
+
+
+@pytest.mark.cuda
+@each
+def test_positions_that_are_written_at_the_last_moment(form, gpu, tmp_path):
+    """By a grid that has let the next one start: what that one copies for positions as they were is not used."""
+    (tmp_path / "late.cu").write_text(LATE)
+    device = torch.device("cuda", torch.cuda.current_device())
+    late = cuda.kernel(tmp_path / "late.cu", "late", device)
+    before = torch.tensor([-1, 2000, 1999, 3, 700, 0, 1500], device=device)[:, None]
+    after = torch.tensor([1500, -1, 3, 1999, 700, 1 << 40, 1400], device=device)[:, None]
+    packed = caches(form, of_values(form), 7, 2, 2000, 64)
+    q = torch.randn(7, 8, 1, 64, device=device, dtype=torch.bfloat16)
+    arguments = None, None, 0.125, 0.0, 0, *(packed[4:] or (None, None))
+    expected = kv_attention.run(q, *packed[:4], after, *arguments, implementation="cuda")
+    for _ in range(3):
+        positions = before.clone()
+        torch.cuda.synchronize()
+        late((1, 1, 1), 32, (positions, after, 7))
+        y = kv_attention.run(q, *packed[:4], positions, *arguments, implementation="cuda")
+        assert y.view(torch.int16).equal(expected.view(torch.int16))
+
+
+@pytest.mark.cuda
+@each
 def test_in_a_cuda_graph_positions_move_on(form, gpu):
     forms = form, of_values(form)
     packed = [each.empty(1, 2, 400, 64, "cuda", torch.bfloat16) for each in forms]
@@ -197,8 +240,9 @@ def test_what_is_supported_fits(form, D, there):
     for G, T in itertools.product((1, 4, 8), (1, 3, 16)):
         case = replace(CASE, M=T, N=D, K=D, queries=G, keys=form, values=values)
         if cuda_kv_attention.supports(case) is True:
-            sizes = Sizes(D, -(-G * T // 8), form, values)
-            assert sizes.stages >= 2 and sizes.shared <= SHARED and sizes.stages * sizes.warps * 8 <= 1024
+            for long in (False, True):
+                sizes = Sizes(D, -(-G * T // 8), form, values, torch.float32 if form.block else None, long)
+                assert sizes.stages >= 2 and sizes.shared <= SHARED and sizes.stages * sizes.warps * 8 < BARRIERS
         else:
             assert G * T > 16
 
@@ -210,6 +254,7 @@ def test_what_is_supported_fits(form, D, there):
         ({"capability": (8, 0)}, "compute capability 9.0"),
         ({"keys": KVFormat("int4", 4, block=48)}, "multiples of 32 tokens"),
         ({"keys": INT4_CHANNEL, "K": 80, "N": 80}, "by channel"),
+        ({"keys": KVFormat("int4", 4, block=160)}, "do not fit"),
         ({"keys": INT4_CHANNEL, "values": KVFormat("int4", 4, 16)}, "groups of int4"),
         ({"dtype": torch.float32}, "bf16 and fp16"),
         ({"M": None}, "T is unknown"),
@@ -238,8 +283,8 @@ def test_few_tokens_are_taken_whatever_is_known_of_them(there):
 @pytest.mark.parametrize("values", [INT4, KVFormat("int4", 4, 128), KVFormat("int8", 8, 128)], ids=named)
 def test_keys_by_channel_leave_the_groups_to_values(values, there):
     assert cuda_kv_attention.supports(replace(CASE, keys=INT4_CHANNEL, values=values)) is True
-    sizes = Sizes(128, 1, INT4_CHANNEL, values)
-    defines = sizes.defines(torch.bfloat16, window=torch.float32)
+    sizes = Sizes(128, 1, INT4_CHANNEL, values, torch.float32)
+    defines = sizes.defines(torch.bfloat16)
     assert (defines["BLOCK"], defines["WINDOW"]) == (64, 2)
     assert defines["GROUP"] == (values.group_size if values.asymmetric else 32)
     assert sizes.stage == UNIT * (64 + 128 * values.bits // 8 + values.groups(128) * 4) + 128 * 4
@@ -258,9 +303,9 @@ def test_blocks_fill_the_multiprocessors():
 @pytest.mark.skipif(isinstance(nvrtc.version(), str), reason=str(nvrtc.version()))
 @each
 def test_it_compiles(form):
-    sizes = Sizes(128, 1, form, of_values(form))
     source = (nvrtc.FOLDER / "kv_attention.cu").read_text(encoding="utf-8")
     for dtype, mask in ((torch.bfloat16, None), (torch.float16, torch.float32)):
-        defines = sizes.defines(dtype, mask, dtype if form.block else None, mask)
+        sizes = Sizes(128, 1, form, of_values(form), dtype if form.block else None, True)
+        defines = sizes.defines(dtype, mask, mask)
         cubin = nvrtc.compile(source, "kv_attention.cu", "sm_90a", defines)
         assert b".text.kv_attend\0" in cubin and b".text.kv_combine\0" in cubin
