@@ -3,7 +3,8 @@
 //     client model.pt2 5,6,7 8,9,10
 //
 // Each argument after the file is a row of token ids; the output has one number on each line, row by row. The weights
-// are read once from the file, by its index `extra/weights.tsv`, and are used where they were read.
+// are read once from the file, by its index `extra/weights.tsv`, and are used where they were read. It is linked with
+// torch, torch_cpu and c10: what Inductor has compiled may ask for any of them.
 
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>

@@ -26,7 +26,7 @@ def client(tmp_path_factory):
         compiler, "-std=c++20", "-O0", "-w", str(SOURCE), "-o", str(program),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *(f"-isystem{folder}" for folder in include_paths()), *libraries,
-        "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10",
+        "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10",
     ]  # fmt: skip
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
