@@ -6,9 +6,10 @@
 //
 // Codes become bf16 numbers in registers, exactly, and scales stay with the other operand or the sums. Of 8 bits they are
 // left to the caller. Keys of int4 are cut out as they are: bits 0-3 of a bf16 number are a code times 2^-133, bits 4-7 one
-// times 2^-129. q is lifted to them, and takes the scale if it is that of a channel; by token sums of a group do. Minima are
-// a product of their own. Values of int4 are code - 8, as sums of many codes that are all positive would hang on how p is
-// rounded with their scales; what is in the middle, minimum + 8 scale, is a product of its own, too.
+// times 2^-129. q is lifted to them, for which it has to be below 2^67, and takes the scale if it is that of a channel; by
+// token sums of a group do. Minima are a product of their own. Values of int4 are code - 8, as sums of many codes that are
+// all positive would hang on how p is rounded with their scales; what is in the middle, minimum + 8 scale, is a product of
+// its own, too.
 #pragma once
 
 #define HALF 0
