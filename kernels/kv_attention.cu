@@ -106,6 +106,7 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
     } else if (lane == 0) {
       barrier_arrive(full + warp * 8);
     }
+    __syncwarp();
     if (lane == 0) {
       for (int stage = warp + WARPS; stage < RINGS; stage += WARPS) barrier_arrive(full + stage * 8);
       if (warp < work.units) units.copy(work.token(warp), warp);
