@@ -30,29 +30,20 @@ extern __shared__ __align__(1024) u8 shared[];
 #define LOG2E 1.4426950408889634f
 #define NOTHING (-1e30f) // the largest score where there is none
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 __device__ __forceinline__ u32 of_y(float low, float high) {
 #if FP16
-  u32 v;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-  return v;
+  return to_fp16(low, high);
 #else
-  return to_bf16(low, high);
+  return to_halves(low, high);
 #endif
 }
 
 // That of a query head, in powers of 2.
 __device__ __forceinline__ float sink_of(const u8* sinks, int head) {
 #if SINKS == 1
-  return __uint_as_float((u32)load_2(sinks + head * 2) << 16) * LOG2E;
+  return to_float(load_2(sinks + head * 2)) * LOG2E;
 #elif SINKS == 2
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(load_2(sinks + head * 2)));
-  return f * LOG2E;
+  return from_fp16(load_2(sinks + head * 2)) * LOG2E;
 #elif SINKS == 3
   return ((const float*)sinks)[head] * LOG2E;
 #else
@@ -250,7 +241,7 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
           const float* of = s[half][m] + 2 * h;
           const float even = exp2_fast(of[0] - top[m][0]), odd = exp2_fast(of[1] - top[m][1]);
           sum[m][0] += even, sum[m][1] += odd;
-          p[m][h] = transpose(to_bf16(even * by, odd * by));
+          p[m][h] = transpose(to_halves(even * by, odd * by));
         }
       }
       add_values<VALUES>(out, middles, v_codes + half * 16 * Values::SEGMENT, pairs, p);

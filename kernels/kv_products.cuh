@@ -45,28 +45,16 @@ constexpr int KEY_SCALES = Keys::SCALES;
 #endif
 constexpr int STAGE = Keys::CODES + Values::CODES, STAGE_SCALES = KEY_SCALES + Values::SCALES; // bytes
 
-__device__ __forceinline__ u32 to_bf16(float low, float high) {
-  u32 v;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-  return v;
-}
-__device__ __forceinline__ u32 transpose(u32 v) {
-  u32 d;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
-  return d;
-}
 __device__ __forceinline__ float from_half(u16 v) {
 #if FP16
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-  return f;
+  return from_fp16(v);
 #else
-  return __uint_as_float((u32)v << 16);
+  return to_float(v);
 #endif
 }
 __device__ __forceinline__ u32 of_q(u32 v) { // two of q in bf16
 #if FP16
-  return to_bf16(from_half((u16)v), from_half((u16)(v >> 16)));
+  return to_halves(from_half((u16)v), from_half((u16)(v >> 16)));
 #else
   return v;
 #endif
@@ -209,17 +197,12 @@ __device__ __forceinline__ void scores_by_channel(float (*s)[TILES][4], u32 code
 __device__ __forceinline__ uint4 load_window(const u8* window, int at) {
 #if WINDOW == 2
   const uint4 a = *(const uint4*)(window + at * 4), b = *(const uint4*)(window + at * 4 + 16);
-  const auto both = [](u32 low, u32 high) { return to_bf16(__uint_as_float(low), __uint_as_float(high)); };
+  const auto both = [](u32 low, u32 high) { return to_halves(__uint_as_float(low), __uint_as_float(high)); };
   return make_uint4(both(a.x, a.y), both(a.z, a.w), both(b.x, b.y), both(b.z, b.w));
 #else
   const uint4 v = *(const uint4*)(window + at * 2);
 #if WINDOW == 1
-  const auto both = [](u32 pair) {
-    float low, high;
-    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
-        : "=f"(low), "=f"(high) : "r"(pair));
-    return to_bf16(low, high);
-  };
+  const auto both = [](u32 pair) { return to_halves(from_fp16((u16)pair), from_fp16((u16)(pair >> 16))); };
   return make_uint4(both(v.x), both(v.y), both(v.z), both(v.w));
 #endif
   return v;
@@ -290,7 +273,7 @@ struct Query {
       for (u32 two : {a, b, e, f}) sum += __uint_as_float(two << 16) + __uint_as_float(two & 0xFFFF0000u);
       for (int other = 1; other < 4; other *= 2) sum += __shfl_xor_sync(~0u, sum, other);
       sum /= UNIT_4;
-      const u32 most = to_bf16(sum, 0), rest = to_bf16(sum - __uint_as_float(most << 16), 0);
+      const u32 most = to_halves(sum, 0), rest = to_halves(sum - __uint_as_float(most << 16), 0);
       const int c = part / (32 * TILES), m = part / 32 % TILES, g = part % 32 / 4;
       u16* sums = (u16*)(fragments + 2 * PARTS + m * 32 + g * 4 + c / 2) + c % 2;
       if (part % 4 == 0) sums[0] = (u16)most, sums[2] = (u16)rest;

@@ -321,3 +321,25 @@ __device__ __forceinline__ u32 to_halves(float low, float high) {
   asm("cvt.rn." HALF_TYPE "x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
   return v;
 }
+// The same of fp16, whatever HALF says.
+__device__ __forceinline__ float from_fp16(u16 v) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+  return f;
+}
+__device__ __forceinline__ u32 to_fp16(float low, float high) {
+  u32 v;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
+// 8 × 8 matrices of halves, a row of which four lanes hold, like those of `load_matrices`
+__device__ __forceinline__ u32 transpose(u32 v) {
+  u32 d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
+  return d;
+}
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
