@@ -1,4 +1,4 @@
-"""The CUDA C++ kernel of kv_attention on a CPU, its threads in turn (emulation/), against the reference."""
+"""The CUDA C++ kernel of kv_attention on a CPU, its threads in turn (run.cpp), against the reference."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ from aograph.kernels.cuda_kv_attention import MANY, UNIT, Sizes, blocks_of
 from aograph.kernels.kv_attention import kv_attention
 from aograph.kernels.kv_cache import FP8, INT4, INT4_CHANNEL, INT8, KVFormat
 
-EMULATION = Path(__file__).parent / "emulation"
+EMULATION = Path(__file__).parent
 SOURCES = ("kv_attention.cu", "kv_units.cuh", "kv_products.cuh")
 FORMATS = [INT8, FP8, INT4, KVFormat("int4", 4, 64), INT4_CHANNEL]  # of keys
 TOLERANCE = 1e-2  # of the norm: both products are of bf16
