@@ -122,7 +122,7 @@ def supports(case: Case) -> bool | str:
         (case.capability in CAPABILITIES, "is written for compute capability 9.0"),
         (block is None or block % UNIT == 0, f"blocks of keys are no multiples of {UNIT} tokens"),
         (block is None or case.K % 32 == 0, "the head size is no multiple of 32, by channel"),
-        (block is None or block * case.K <= WINDOW, "blocks of keys do not fit"),
+        (block is None or block * case.K <= WINDOW, f"blocks of keys have more than {WINDOW:,} elements"),
         (case.dtype in (torch.bfloat16, torch.float16), "takes bf16 and fp16 q only"),
         (case.M is not None, "T is unknown"),
         (not case.fresh or (case.M or 0) <= FEW, "reads all tokens from the cache"),

@@ -157,15 +157,15 @@ kv_attend(const u16* q, const __grid_constant__ Matrix k, const u8* k_scales, co
     barrier_wait(full + stage * 8, phase);
     const int token = work.token(i);
     const u32 k_codes = full + BARRIERS + stage * STAGE, v_codes = k_codes + Keys::CODES;
-    const u32* k_pairs = (const u32*)(shared + BARRIERS + RINGS * STAGE + stage * STAGE_SCALES);
-    u32* v_pairs = (u32*)k_pairs + KEY_SCALES / 4;
+    u32* k_pairs = (u32*)(shared + BARRIERS + RINGS * STAGE + stage * STAGE_SCALES);
+    u32* v_pairs = k_pairs + KEY_SCALES / 4;
     const bool edge = token < all_from || token + UNIT > all_to;
     if (edge) { // values that no row sees count nothing, whatever they are
       bool any = false;
-      for (int i = 0; i < T; i++)
-        any |= token + lane >= __shfl_sync(~0u, mine.x, i) & token + lane <= __shfl_sync(~0u, mine.y, i);
+      for (int of = 0; of < T; of++)
+        any |= token + lane >= __shfl_sync(~0u, mine.x, of) & token + lane <= __shfl_sync(~0u, mine.y, of);
       if (!any)
-        for (int i = 0; i < Values::GROUPS; i++) v_pairs[lane * Values::GROUPS + i] = 0;
+        for (int group = 0; group < Values::GROUPS; group++) v_pairs[lane * Values::GROUPS + group] = 0;
       __syncwarp();
     }
     float s[2][TILES][4] = {}; // of tokens g, twice, and g + 8, in each half of the unit

@@ -254,7 +254,7 @@ def test_what_is_supported_fits(form, D, there):
         ({"capability": (8, 0)}, "compute capability 9.0"),
         ({"keys": KVFormat("int4", 4, block=48)}, "multiples of 32 tokens"),
         ({"keys": INT4_CHANNEL, "K": 80, "N": 80}, "by channel"),
-        ({"keys": KVFormat("int4", 4, block=160)}, "do not fit"),
+        ({"keys": KVFormat("int4", 4, block=160)}, "more than 16,384 elements"),
         ({"keys": INT4_CHANNEL, "values": KVFormat("int4", 4, 16)}, "groups of int4"),
         ({"dtype": torch.float32}, "bf16 and fp16"),
         ({"M": None}, "T is unknown"),

@@ -76,9 +76,7 @@ def packed(form, k, v, window=torch.bfloat16):
     return [each.contiguous() for each in (k, k_scales, *(INT4 if form.block else form).pack(v), *rest)]
 
 
-def check(
-    q, cache, positions, start=None, mask=None, cap=0.0, window=0, sinks=None, late=None, blocks=None, most=TOLERANCE
-):
+def check(q, cache, positions, start=None, mask=None, cap=0.0, window=0, sinks=None, late=None, blocks=None):
     B, H, S = cache[2].shape[:3]
     rest = start, mask, q.shape[3] ** -0.5, cap, window, *(cache[4:] or (None, None)), sinks
     y = emulated(q, *cache[:4], positions, *rest, late, blocks or blocks_of(B * H, S, 132))
@@ -86,7 +84,7 @@ def check(
     expected = kv_attention.run(q.float(), *cache[:4], now, *rest, implementation="reference").double()
     assert y.isnan().equal(expected.isnan())
     y, expected = y.double().nan_to_num(), expected.nan_to_num()
-    assert (y - expected).norm() <= most * expected.norm()
+    assert (y - expected).norm() <= TOLERANCE * expected.norm()
 
 
 def random(*shape):
@@ -168,8 +166,7 @@ def test_values_of_all_sizes(form):
 
 @each
 def test_channels_that_stand_out(form):
-    """By int4 scores of some 50 differ by what a bf16 number in 400 is."""
     k, v, q = random(1, 1, 300, 64), random(1, 1, 300, 65)[..., :64], random(1, 4, 1, 64)
     k[..., ::7] += 20
     k[..., 3] *= 20
-    check(q.bfloat16(), packed(form, k, v), torch.tensor([[299]]), most=5e-2)
+    check(q.bfloat16(), packed(form, k, v), torch.tensor([[299]]))
